@@ -1,0 +1,30 @@
+"""Kronecker sums: products, nearest sums, separated representations and spectra. Imports torch alone."""
+
+from krontune.kron.kpsvd import Kpsvd as Kpsvd
+from krontune.kron.kpsvd import nearest_kron as nearest_kron
+from krontune.kron.lowrank import LowRank as LowRank
+from krontune.kron.lowrank import nearest_lowrank as nearest_lowrank
+from krontune.kron.product import PATHS as PATHS
+from krontune.kron.product import kron_delta_linear as kron_delta_linear
+from krontune.kron.product import kron_embedding as kron_embedding
+from krontune.kron.product import kron_linear as kron_linear
+from krontune.kron.product import kron_sum as kron_sum
+from krontune.kron.rearrange import rearrange as rearrange
+from krontune.kron.rearrange import unrearrange as unrearrange
+from krontune.kron.separation import condition_number as condition_number
+from krontune.kron.separation import nearest_separated as nearest_separated
+from krontune.kron.separation import separated_linear as separated_linear
+from krontune.kron.separation import separated_sum as separated_sum
+from krontune.kron.separation import term_norms as term_norms
+from krontune.kron.shapes import FactorShape as FactorShape
+from krontune.kron.shapes import KronShape as KronShape
+from krontune.kron.shapes import family_shape as family_shape
+from krontune.kron.shapes import resolve_shape as resolve_shape
+from krontune.kron.shapes import split_dim as split_dim
+from krontune.kron.shapes import square_shape as square_shape
+from krontune.kron.spectrum import Elbow as Elbow
+from krontune.kron.spectrum import RankChoice as RankChoice
+from krontune.kron.spectrum import budget_ranks as budget_ranks
+from krontune.kron.spectrum import elbow_rank as elbow_rank
+from krontune.kron.spectrum import energy_rank as energy_rank
+from krontune.kron.spectrum import select_rank as select_rank
