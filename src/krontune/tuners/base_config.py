@@ -1,0 +1,144 @@
+"""The fields that LsrConfig and SokaConfig share: PEFT's common ones, and what krontune writes into a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft import PeftConfig
+
+from krontune.errors import CheckpointError, ConfigError
+from krontune.tuners import _peft
+from krontune.tuners.checkpoint import FORMAT_VERSION, check_adapter_file, check_resolved
+
+
+def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raise ConfigError unless value is one of allowed (True and 1 are different things here)."""
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        raise ConfigError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
+
+
+def check_positive_int(name: str, value: Any, *, or_none: bool = False) -> None:
+    """Raise ConfigError unless value is an int >= 1 (or None where allowed)."""
+    if or_none and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} is not allowed. It must be an integer of at least 1.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ConfigError unless value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} is not allowed. It must be a finite number.")
+
+
+@dataclass
+class KronConfig(PeftConfig):
+    """What both methods have in common; use LsrConfig or SokaConfig.
+
+    Fields that PEFT users know mean what they mean in LoraConfig. Three are krontune's own: `train_norms`, and, written
+    by krontune itself, `format_version` and `resolved`.
+
+    Args:
+        alpha: the one multiplier of the update; nothing divides it.
+        dropout: probability of dropping an entry of the update's input, in [0, 1).
+        target_modules: names, a regex, or "all-linear"; None takes PEFT's default for the architecture.
+        exclude_modules: names or a regex of modules to leave alone.
+        layers_to_transform: layer index or indices to adapt; needs target_modules given as a list.
+        layers_pattern: name of the list of layers, where it is not a usual one.
+        rank_pattern: {regex of module name: r} for modules that differ from `r`.
+        alpha_pattern: {regex of module name: alpha} for modules that differ from `alpha`.
+        target_parameters: names of nn.Parameters to adapt (2-D, or 3-D expert weights), such as "experts.gate_up_proj".
+        modules_to_save: modules trained and saved whole beside the adapter.
+        bias: "none", "all", or "lsr_only" / "soka_only": which of the base model's biases are trained and saved.
+        train_norms: also train every normalisation layer (saved with the adapter, as modules_to_save is).
+        format_version: version of the checkpoint format; written by krontune.
+        resolved: {full module name: rank, factor shapes, start, fingerprint of the weight}; written by krontune into its
+            own copy of the config. A config that has it describes a checkpoint: nothing is chosen or computed anew.
+            Set it to None to start afresh from a loaded config.
+    """
+
+    alpha: float = field(default=1.0, metadata={"help": "The multiplier of the update; nothing divides it."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the update's input."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Module names, a regex, or 'all-linear'."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Module names or a regex to leave alone."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the list of layers, where it is not a usual one."}
+    )
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "{regex of module name: r}."})
+    alpha_pattern: dict = field(default_factory=dict, metadata={"help": "{regex of module name: alpha}."})
+    target_parameters: Optional[list[str]] = field(
+        default=None, metadata={"help": "Names of nn.Parameters to adapt (2-D, or 3-D expert weights)."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules trained and saved whole beside the adapter."}
+    )
+    bias: str = field(default="none", metadata={"help": "'none', 'all', or '<method>_only'."})
+    train_norms: bool = field(default=False, metadata={"help": "Also train every normalisation layer."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Checkpoint format; written by krontune."})
+    resolved: Optional[dict[str, dict]] = field(
+        default=None, metadata={"help": "Rank, shapes and fingerprint per module; written by krontune."}
+    )
+
+    method = ""  # "LSR" or "SOKA"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = _peft.PeftType[self.method]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_common()
+
+    def _check_common(self) -> None:
+        check_number("alpha", self.alpha)
+        if self.alpha == 0:
+            raise ConfigError("alpha=0 switches the adapter off for good. Use another number, or disable_adapter().")
+        check_number("dropout", self.dropout)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout} is not allowed. It must be in [0, 1).")
+        check_choice("bias", self.bias, ("none", "all", f"{self.method.lower()}_only"))
+        if self.bias != "none" and not _peft.saves_biases():
+            raise ConfigError(f"bias={self.bias!r} needs peft >= 0.21: older ones leave trained biases out of the file.")
+        for name, rank in self.rank_pattern.items():
+            check_positive_int(f"rank_pattern[{name!r}]", rank)
+        for name, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{name!r}]", alpha)
+        if self.target_parameters and self.dropout:
+            raise ConfigError(
+                f"dropout={self.dropout} cannot be applied to target_parameters: the parameter's input is not seen. "
+                "Set dropout=0."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern has no effect without layers_to_transform. Set both or neither.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"layers_to_transform has no effect with a pattern as target_modules ({self.target_modules!r}). "
+                "Give target_modules as a list of names."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):
+        """Load the config of a saved adapter and, where the adapter is a local folder, check its weights file.
+
+        Raises:
+            CheckpointError: a newer format, a setting that was edited into nonsense, a damaged or missing weights file.
+        """
+        path = str(pretrained_model_name_or_path)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}/adapter_config.json: {error}") from None
+        if isinstance(config, KronConfig):
+            check_resolved(config, path)
+            check_adapter_file(config, path, subfolder)
+        return config

@@ -1,0 +1,331 @@
+"""The adapter layer, but for its mathematics: forward, merging, mixed batches and expert parameters, for both methods."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from krontune.errors import CheckpointError, ConfigError
+from krontune.tuners import _peft
+from krontune.tuners.hosts import host_of, storage_of
+
+
+class KronLayer(_peft.BaseTunerLayer):
+    """A base layer with any number of adapters of one method. Subclasses hold the factors and know their product.
+
+    A subclass lists its containers in `adapter_layer_names` (trainable) and `other_param_names` (frozen), and gives
+    `allocate`, `delta_matrix`, `delta_linear` and `delta_rows`.
+    """
+
+    other_param_names: tuple[str, ...] = ("specs", "scaling", "kron_dropout")
+
+    def __init__(
+        self, base_layer: nn.Module, name: str = "", parameter_name: Optional[str] = None, **quantisation: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        base = base_layer.get_base_layer() if isinstance(base_layer, _peft.BaseTunerLayer) else base_layer
+        self.quantization_backend = _peft.resolve_quantization_backend(base, **quantisation)
+        self.host = host_of(base, name, self.quantization_backend is not None, parameter_name)
+        self.base_layer = base_layer
+        self.weight_name = parameter_name or "weight"
+        self.specs: dict[str, Any] = {}
+        self.scaling: dict[str, float] = {}
+        self.kron_dropout = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._unmerged: Optional[dict] = None  # the weight as it was before the first merge
+        self._awaiting: set[str] = set()  # adapters whose factors a checkpoint has yet to bring
+
+    # ------------------------------------------------------------------------------------------- the method's own part
+
+    def allocate(self, adapter: str, spec: Any, start: Optional[Any], dtype: torch.dtype, device: torch.device) -> None:
+        """Create the factors of `adapter`: from `start`, or as NaN placeholders that a checkpoint fills (None)."""
+        raise NotImplementedError
+
+    def delta_matrix(self, adapter: str) -> Tensor:
+        """The dense update, scale included: (m, n), or (experts, m, n)."""
+        raise NotImplementedError
+
+    def delta_linear(self, x: Tensor, adapter: str) -> Tensor:
+        """x @ delta_matrix.T without forming it: (..., n) -> (..., m)."""
+        raise NotImplementedError
+
+    def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
+        """delta_matrix[ids] without forming it: (...) -> (..., n)."""
+        raise NotImplementedError
+
+    def factors(self, adapter: str) -> list[Tensor]:
+        """Every stored tensor of the adapter, trainable ones first."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------- adapters come in
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(m, n), or (experts, m, n), of the base weight seen as a matrix."""
+        return self.host.matrix_shape(self.get_base_layer())
+
+    @property
+    def base_parameter(self) -> Tensor:
+        """The adapted parameter of the base layer as it is stored (packed, where quantised)."""
+        return getattr(self.get_base_layer(), self.weight_name)
+
+    def storage(self) -> str:
+        """How the base weight is stored: "float32", "bnb 4bit nf4", ..."""
+        return storage_of(self.base_parameter, self.quantization_backend)
+
+    def add(self, adapter: str, spec: Any, alpha: float, dropout: float, start: Optional[Any], trainable: bool) -> None:
+        """Give this layer an adapter with the resolved `spec`; see `allocate` for `start`."""
+        if dropout and not self.host.takes_dropout:
+            warnings.warn(f"dropout={dropout} has no effect on an embedding: its input is indices.", stacklevel=2)
+        self.specs[adapter] = spec
+        self.scaling[adapter] = alpha
+        self.kron_dropout[adapter] = nn.Dropout(dropout) if dropout else nn.Identity()
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if self.weight_name != "weight":
+            device, dtype = self.base_parameter.device, self.base_parameter.dtype
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+            dtype = torch.float32
+        self.allocate(adapter, spec, start, dtype, device)
+        if start is None:
+            self._awaiting.add(adapter)
+        for name in self.adapter_layer_names:
+            entry = getattr(self, name)[adapter]
+            for parameter in [entry] if isinstance(entry, nn.Parameter) else entry.parameters():
+                parameter.requires_grad_(trainable)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: Optional[torch.device] = None
+    ) -> None:
+        """Move, and never cast: PEFT's own casts to the base's dtype, which would round what a checkpoint brought."""
+        if adapter_name not in self.specs:
+            return
+        device = device or self.base_parameter.device
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name)
+            if isinstance(container, (nn.ModuleDict, nn.ParameterDict, _peft.BufferDict)) and not device.type == "meta":
+                entry = container[adapter_name]
+                tensors = [entry] if isinstance(entry, Tensor) else list(entry.parameters())
+                if not any(t.is_meta for t in tensors):
+                    container[adapter_name] = entry.to(device)
+
+    def _check_loaded(self, adapter: str) -> None:
+        """Raise unless the checkpoint that this adapter was built for has been loaded. Called until it has."""
+        if torch.compiler.is_compiling():
+            return
+        if any(f.is_meta or torch.isnan(f.detach().flatten()[0]) for f in self.factors(adapter)):
+            raise CheckpointError(
+                f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. Load "
+                "them (PeftModel.from_pretrained does), or set config.resolved = None to start a new adapter."
+            )
+        self._awaiting.discard(adapter)
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        self._check_adapter_names(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter in self.active_adapters:
+            if adapter in self.specs:
+                result = result + self.update(x, adapter).to(result.dtype)
+        return result
+
+    def update(self, x: Tensor, adapter: str) -> Tensor:
+        """What `adapter` adds to the layer's output for the input x."""
+        if adapter in self._awaiting:
+            self._check_loaded(adapter)
+        if self.host.takes_dropout:
+            x = self.kron_dropout[adapter](self._cast_input_dtype(x, self.factors(adapter)[0].dtype))
+        return self.host.update(self, x, adapter)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Row i of the batch goes through adapter_names[i]; "__base__" is the base model."""
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in dict.fromkeys(adapter_names):
+            if adapter in self.specs:
+                rows = [i for i, name in enumerate(adapter_names) if name == adapter]
+                index = torch.tensor(rows, device=x.device)
+                result = result.index_add(0, index, self.update(x[index], adapter).to(result.dtype))
+        return result
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: Optional[Sequence[str]]) -> None:
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ConfigError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}. Give one name a row."
+            )
+        if self.merged:
+            raise ConfigError("adapter_names cannot be used with merged adapters. Call unmerge_adapter() first.")
+
+    # ---------------------------------------------------------------------------------------------------------- merging
+
+    def get_base_weight(self) -> Tensor:
+        """The base weight, dequantised where it is quantised."""
+        return super().get_base_weight() if self.quantization_backend else self.base_parameter.data
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense update in the base weight's own layout, scale included, dtype of the factors."""
+        return self.host.from_matrix(self.delta_matrix(adapter), self.get_base_layer())
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Add the updates to the base weight, summed in float32 and rounded once.
+
+        The original weight is kept in host memory (quantised ones where they are), so that `unmerge` restores its bits.
+
+        Args:
+            safe_merge: check the result for NaN and Inf before the weight is written.
+            adapter_names: which; the active ones if None.
+
+        Raises:
+            ValueError: safe_merge found a NaN or Inf.
+        """
+        new = [a for a in _peft.check_adapters_to_merge(self, adapter_names) if a in self.specs]
+        if not new:
+            return
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise ConfigError(
+                f"A {self.quantization_backend.backend_name} weight cannot be merged into. Keep the adapter unmerged, or "
+                "load the base model unquantised."
+            )
+        for adapter in self._awaiting.intersection(new):
+            self._check_loaded(adapter)
+        if self.quantization_backend is not None:
+            warnings.warn(
+                f"Merging into a {self.storage()} weight rounds the update to that format.", stacklevel=2
+            )
+        original = self._unmerged or self._snapshot()
+        merged = self._merged_weight(original["data"], self.merged_adapters + new)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaN or Inf in the merged weight: one of the adapters {new} seems to be broken.")
+        self._unmerged = original
+        if self.quantization_backend is not None:
+            self.set_base_weight(merged)
+        else:
+            self.base_parameter.data = merged
+        self.merged_adapters.extend(new)
+
+    @torch.no_grad()
+    def _merged_weight(self, original: Tensor, adapters: Sequence[str]) -> Tensor:
+        total = original.to(self.base_parameter.device, torch.float32)
+        for adapter in adapters:
+            total = total + self.get_delta_weight(adapter).float()
+        return total.to(original.dtype)
+
+    def _snapshot(self) -> dict:
+        """What `unmerge` puts back, and the original weight as float `data`."""
+        base = self.get_base_layer()
+        if self.quantization_backend is None:
+            return {"data": self.base_parameter.data.cpu()}
+        state = getattr(base, "state", None)  # bitsandbytes 8-bit keeps its codes and scales there
+        return {
+            "data": self.get_base_weight().detach(),
+            "base": base,
+            "parameters": dict(base._parameters),
+            "weight": dict(vars(base.weight)),
+            "state": dict(vars(state)) if state is not None else None,
+        }
+
+    def unmerge(self) -> None:
+        """Put the original base weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        original, self._unmerged = self._unmerged, None
+        self.merged_adapters.clear()
+        if not original:
+            return
+        if self.quantization_backend is None:
+            self.base_parameter.data = original["data"].to(self.base_parameter.device)
+            return
+        base = original["base"]
+        if self.get_base_layer() is not base:  # some backends replace the layer itself
+            self.base_layer = base
+        base._parameters.update(original["parameters"])
+        vars(base.weight).update(original["weight"])
+        if original["state"] is not None:
+            vars(base.state).update(original["state"])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return type(self.host).__name__ in ("LinearHost", "Conv1DHost")
+
+    def extra_repr(self) -> str:
+        return "\n".join(f"({adapter}): {spec}, scaling={self.scaling[adapter]}" for adapter, spec in self.specs.items())
+
+
+class ParameterLayer(KronLayer):
+    """Adapts one bare parameter of a module, such as the 3-D weights of experts, whose input is not seen.
+
+    While the module runs, the parameter reads as W + dW through a parametrisation. Wrappers nest, one a parameter. The
+    subclasses must be called ParamWrapper: PEFT knows such a layer by that name.
+    """
+
+    @property
+    def parameter_name(self) -> str:
+        return self.weight_name
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError("adapter_names (mixed batches) does not work with target_parameters.")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        with self._parametrised([a for a in self.active_adapters if a in self.specs]):
+            return self.base_layer(x, *args, **kwargs)
+
+    @contextmanager
+    def _parametrised(self, adapters: Sequence[str]) -> Iterator[None]:
+        if not adapters:
+            yield
+            return
+        for adapter in self._awaiting.intersection(adapters):
+            self._check_loaded(adapter)
+        base, name = self.get_base_layer(), self.weight_name
+        delta = sum(self.get_delta_weight(a) for a in adapters).to(self.base_parameter.dtype)
+        trainable = self.base_parameter.requires_grad
+        parametrize.register_parametrization(base, name, _Added(delta), unsafe=True)
+        base.parametrizations[name].original.requires_grad_(trainable)
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            parametrize.remove_parametrizations(base, name, leave_parametrized=False)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
+    ) -> nn.Module:
+        """PEFT calls this to take the wrapper off, and every wrapper nested inside it."""
+        layer: nn.Module = self
+        while isinstance(layer, ParameterLayer):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class _Added(nn.Module):
+    """The parametrisation W -> W + delta."""
+
+    def __init__(self, delta: Tensor):
+        super().__init__()
+        self.delta = (delta,)  # in a tuple: it is a value of this forward, neither parameter nor buffer
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.delta[0].to(weight.dtype)

@@ -1,0 +1,274 @@
+"""The tuner, but for what a method resolves: injection in two phases, mixed batches, norms, and joining of adapters.
+
+PEFT decides which modules are adapted (phase one: they are wrapped, empty). Then all of them are known, and ranks that
+depend on each other can be chosen and the factors made (phase two).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Optional
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from krontune.errors import ConfigError
+from krontune.tuners import _peft
+from krontune.tuners.base_config import KronConfig
+from krontune.tuners.base_layer import KronLayer
+from krontune.tuners.checkpoint import check_base, fingerprint, spec_to_dict
+from krontune.tuners.gradient import take_gradient
+from krontune.tuners.hosts import to_float_matrix
+
+
+class Resolved(NamedTuple):
+    """What a config means for one module."""
+
+    spec: Any
+    choice: Optional[dict] = None  # how a rule arrived at it, for people to read
+    computed: Any = None  # what was computed on the way and serves the start: a KPSVD
+
+
+class KronModel(_peft.BaseTuner):
+    """The tuner of a method. A subclass gives `layer_class`, `wrapper_class`, `resolve` and `start`."""
+
+    target_module_mapping = _peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    layer_class: type[KronLayer]
+    wrapper_class: type[KronLayer]
+
+    # ------------------------------------------------------------------------------------------- the method's own part
+
+    def resolve(self, config: Any, layers: dict[str, KronLayer]) -> dict[str, Resolved]:
+        """Choose the sizes of every module, {module name: Resolved}."""
+        raise NotImplementedError
+
+    def start(self, config: Any, name: str, layer: KronLayer, resolved: Resolved, gradient: Optional[Tensor]) -> Any:
+        """The factors that a new adapter starts with, in the form that the layer's `allocate` takes."""
+        raise NotImplementedError
+
+    def join(self, layer: KronLayer, adapters: Sequence[str], weights: Sequence[float]) -> tuple[Any, Any]:
+        """(spec, start) of the adapter whose update is sum_i weights_i * dW_i, scale included, exactly."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------------------- injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Optional[dict[str, Tensor]] = None,
+    ) -> None:
+        config = copy.deepcopy(self.peft_config[adapter_name])  # the user's own object is never written to
+        self.peft_config[adapter_name] = config
+        if config.train_norms:
+            names = norm_names(model)
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+        self._targets: dict[str, KronLayer] = {}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._fill(config, adapter_name)
+        except Exception:
+            self._undo(adapter_name, trainable)
+            raise
+        finally:
+            del self._wrapped, self._targets
+
+    def _create_and_replace(
+        self,
+        config: KronConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+        **_: Any,
+    ) -> None:
+        if not isinstance(target, KronLayer) or (parameter_name and target.weight_name != parameter_name):
+            cls = self.wrapper_class if parameter_name else self.layer_class
+            layer = cls(target, current_key, parameter_name, **_peft.get_quantization_kwargs(self.model))
+            self._wrapped.append((parent, target_name, target))
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        if parameter_name:
+            current_key = re.sub(r"\.base_layer(?=\.|$)", "", current_key)
+        self._targets[current_key] = target
+
+    def _fill(self, config: KronConfig, adapter_name: str) -> None:
+        """Phase two: sizes, start and factors of every module that was matched."""
+        base = {name: self._describe(layer) for name, layer in self._targets.items()}
+        if config.resolved is not None:
+            check_base(config.resolved, base)
+            resolved = {name: Resolved(config.spec(name)) for name in self._targets}
+            starts_need_data = config.init_weights not in (False, "zero", "paper") and self.needs_data(config)
+        else:
+            self._check_weights()
+            resolved = self.resolve(config, self._targets)
+            starts_need_data = False
+        trainable = adapter_name in self.active_adapters and not config.inference_mode
+        for name, layer in self._targets.items():
+            gradient = take_gradient(layer)
+            start = None if starts_need_data else self.start(config, name, layer, resolved[name], gradient)
+            alpha = pattern_value(config.alpha_pattern, name, config.alpha)
+            layer.add(adapter_name, resolved[name].spec, float(alpha), config.dropout, start, trainable)
+        if config.resolved is None:
+            paths = {id(module): path for path, module in self.model.named_modules()}
+            config.resolved = {
+                name: _entry(base[name], resolved[name], name, paths[id(layer)]) for name, layer in self._targets.items()
+            }
+
+    def needs_data(self, config: Any) -> bool:
+        """Whether the start is computed from the weight or a gradient, and so is never computed for a checkpoint."""
+        return config.init_weights == "gradient"
+
+    def _describe(self, layer: KronLayer) -> dict:
+        return {"shape": list(layer.matrix_shape), "base": fingerprint(layer.base_parameter, layer.storage())}
+
+    def _check_weights(self) -> None:
+        for name, layer in self._targets.items():
+            weight = layer.base_parameter
+            if weight.is_floating_point() and not weight.is_meta and not bool(torch.isfinite(weight).all()):
+                raise ConfigError(
+                    f"The weight of {name} holds NaN or Inf, so that no adapter can be started from it. Load the base "
+                    "model again, or leave the module out with exclude_modules."
+                )
+
+    def _undo(self, adapter_name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+        """Leave the model as it was before a failed injection."""
+        for parent, name, target in reversed(self._wrapped):
+            setattr(parent, name, target)
+        for layer in self._targets.values():
+            if adapter_name in layer.specs:
+                layer.delete_adapter(adapter_name)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        self.peft_config.pop(adapter_name, None)
+
+    # --------------------------------------------------------------------------------------------------- mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names=` of a forward or generate call to every layer, for the time of the call."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ConfigError("adapter_names is for inference. Call model.eval() first.")
+        layers = [m for m in self.modules() if isinstance(m, (KronLayer, _peft.AuxiliaryTrainingWrapper))]
+        known = {adapter for layer in layers if isinstance(layer, KronLayer) for adapter in layer.specs}
+        unknown = sorted(set(names) - known - {"__base__"})
+        if unknown:
+            raise ConfigError(f"adapter_names holds {unknown}. Known are {sorted(known)} and '__base__'.")
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        beams = kwargs.get("num_beams") or 1
+        handles = []
+        for layer in layers:
+            # Beam search repeats every row of the decoder's batch; the encoder has run before that.
+            rows = list(names) if layer in in_encoder else [name for name in names for _ in range(beams)]
+            hook = partial(_pass_adapter_names, adapter_names=rows)
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # --------------------------------------------------------------------------------------------------------- joining
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the adapter whose update is sum_i weights_i * dW_i, exactly: the terms are put side by side.
+
+        Args:
+            adapters: names of adapters with equal factor shapes on each module.
+            weights: one multiplier each; the adapters' own scales are kept beside it.
+            adapter_name: the new adapter's name.
+            combination_type: "linear" (or "cat", which is the same here).
+
+        Raises:
+            ConfigError: unknown or existing names, or factor shapes that differ.
+        """
+        if combination_type not in ("linear", "cat"):
+            raise ConfigError(f"combination_type={combination_type!r} is unknown. Allowed: 'linear' (exact), 'cat'.")
+        if len(adapters) != len(weights) or not adapters:
+            raise ConfigError(f"Got {len(adapters)} adapters and {len(weights)} weights. Give one weight an adapter.")
+        missing = [a for a in adapters if a not in self.peft_config]
+        if missing or adapter_name in self.peft_config:
+            wrong = f"{missing} do not exist" if missing else f"{adapter_name!r} exists already"
+            raise ConfigError(f"add_weighted_adapter: {wrong}. The model has {sorted(self.peft_config)}.")
+        config = copy.deepcopy(self.peft_config[adapters[0]])
+        config.resolved = {}
+        self.peft_config[adapter_name] = config
+        try:
+            for name, layer in self._named_layers():
+                present = [(a, w) for a, w in zip(adapters, weights) if a in layer.specs]
+                if present:
+                    spec, start = self.join(layer, *zip(*present))
+                    layer.add(adapter_name, spec, 1.0, 0.0, start, trainable=False)
+                    config.resolved[name] = _entry(self._describe(layer), Resolved(spec), name, name)
+        except ConfigError:
+            self.delete_adapter(adapter_name)
+            raise
+        config.alpha, config.alpha_pattern, config.dropout = 1.0, {}, 0.0
+
+    def _named_layers(self) -> Iterator[tuple[str, KronLayer]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, KronLayer):
+                if module.weight_name != "weight":
+                    name = f"{name.replace('.base_layer', '')}.{module.weight_name}"
+                yield name, module
+
+
+def _entry(base: dict, resolved: Resolved, name: str, path: str) -> dict:
+    """A module's entry in config.resolved."""
+    entry = {"spec": spec_to_dict(resolved.spec), **base}
+    if path != name:
+        entry["path"] = path  # a wrapped parameter's layer is not called as the parameter is
+    if resolved.choice is not None:
+        entry["choice"] = resolved.choice
+    return entry
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def pattern_value(pattern: dict, name: str, default: Any) -> Any:
+    """The entry of a rank_pattern or alpha_pattern for a module: the first key that matches the name's end, as in PEFT."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Full names of the normalisation layers of a model that have parameters of their own."""
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, _peft.ModulesToSaveWrapper):
+            module = module.original_module
+        elif ".modules_to_save." in name or name.endswith(".original_module"):
+            continue
+        own = next(module.parameters(recurse=False), None)
+        if own is not None and (type(module).__name__.endswith("Norm") or isinstance(module, _TORCH_NORMS)):
+            names.append(re.escape(name))
+    if not names:
+        raise ConfigError("train_norms=True, and the model has no normalisation layer with parameters. Leave it out.")
+    return names
+
+
+_TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

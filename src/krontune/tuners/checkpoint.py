@@ -1,0 +1,189 @@
+"""What makes an adapter file safe to load: its format version, the shapes it must hold, and the base it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import asdict
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from krontune.errors import CheckpointError
+from krontune.tuners import _peft
+
+FORMAT_VERSION = 1
+_PREFIX = "base_model.model."  # PeftModel's own part of every key in the file
+_SAMPLES = 64
+
+
+# ---------------------------------------------------------------------------------------------- the adapter's own files
+
+
+def spec_to_dict(spec: Any) -> dict:
+    """A module's spec as JSON-ready values."""
+    return json.loads(json.dumps(asdict(spec)))
+
+
+def check_resolved(config: Any, path: str) -> None:
+    """Check format_version and every entry of `resolved` of a loaded config.
+
+    Raises:
+        CheckpointError: names the file, the module and the field.
+    """
+    where = os.path.join(path, "adapter_config.json")
+    if not isinstance(config.format_version, int) or config.format_version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format_version is {config.format_version!r}, and this krontune reads up to {FORMAT_VERSION}. "
+            "Install a newer krontune."
+        )
+    for name in config.resolved or {}:
+        try:
+            config.spec(name)
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{where}: resolved[{name!r}] is damaged: {error}") from None
+
+
+def check_adapter_file(config: Any, path: str, subfolder: Optional[str]) -> None:
+    """Check a local adapter's weights: safetensors, readable to its last byte, every tensor there and of its shape.
+
+    Does nothing for a Hub id (the file is not here yet) and for a folder that holds a config alone.
+
+    Raises:
+        CheckpointError: names the file and the first key that is wrong.
+    """
+    folder = os.path.join(path, subfolder) if subfolder else path
+    pickled = os.path.join(folder, _peft.WEIGHTS_NAME)
+    file = os.path.join(folder, _peft.SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(file):
+        if os.path.isfile(pickled):
+            raise CheckpointError(
+                f"{pickled} is a pickle, which krontune does not load. Save the adapter again with "
+                "save_pretrained(..., safe_serialization=True)."
+            )
+        return
+    shapes = _stored_shapes(file)
+    for key, shape in expected_shapes(config).items():
+        if key not in shapes:
+            raise CheckpointError(f"{file}: the tensor {key!r} is missing. The file is incomplete or was edited.")
+        if shapes[key] != shape:
+            raise CheckpointError(
+                f"{file}: the tensor {key!r} has the shape {shapes[key]}, and adapter_config.json says {shape}. "
+                "One of the two files was edited or belongs to another adapter."
+            )
+
+
+def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """{key in the adapter file without PEFT's prefix: shape} for every tensor that `resolved` promises."""
+    shapes = {}
+    for name, entry in (config.resolved or {}).items():
+        for tensor, shape in config.spec(name).tensor_shapes().items():
+            shapes[f"{entry.get('path', name)}.{tensor}"] = shape
+    return shapes
+
+
+def _stored_shapes(file: str) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {k.removeprefix(_PREFIX): tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}. It is truncated or damaged.") from None
+
+
+# ------------------------------------------------------------------------------------------------- the base it fits onto
+
+
+def fingerprint(weight: torch.Tensor, storage: str) -> dict:
+    """A small description of a base weight: enough to notice another, a merged or a differently quantised one.
+
+    Args:
+        weight: as stored (packed, where quantised), any shape.
+        storage: how it is stored: a dtype's name, or a quantisation backend's.
+
+    Returns:
+        {"storage", "digest" of 64 evenly spaced entries' bytes, "sample" of 8 of them}; no digest on the meta device or
+        for a sharded weight, which cannot be read here.
+    """
+    if weight.is_meta or type(weight).__name__ == "DTensor" or weight.numel() == 0:
+        return {"storage": storage, "digest": None, "sample": None}
+    plain = weight.detach().as_subclass(torch.Tensor).reshape(-1)
+    index = torch.linspace(0, plain.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(plain.device)
+    entries = plain[index].cpu().contiguous()
+    digest = hashlib.sha256(entries.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    sample = [float(f"{v:.4g}") for v in entries[:: _SAMPLES // 8].double().tolist()]
+    return {"storage": storage, "digest": digest, "sample": sample}
+
+
+def _differs(saved: dict, now: dict) -> bool:
+    """Whether two fingerprints of float weights are of different values, dtype apart."""
+    if not saved.get("digest") or not now.get("digest"):
+        return False
+    if saved["storage"] == now["storage"]:
+        return saved["digest"] != now["digest"]
+    scale = max(map(abs, saved["sample"])) or 1.0
+    return any(abs(a - b) > 0.01 * abs(a) + 1e-3 * scale for a, b in zip(saved["sample"], now["sample"]))
+
+
+def check_base(resolved: dict[str, dict], base: dict[str, dict]) -> None:
+    """Compare the base that an adapter was made for with the one that it is being put on.
+
+    Args:
+        resolved: the checkpoint's, {module: {"shape", "base": fingerprint, ...}}.
+        base: the same two of the modules that were matched now.
+
+    Raises:
+        CheckpointError: modules are missing or too many, or a weight has another shape: another architecture.
+
+    Warns where the values or the quantisation differ, naming what differs.
+    """
+    hint = "Load it on the base model that adapter_config.json names, or set config.resolved = None to start afresh."
+    missing, extra = sorted(resolved.keys() - base.keys()), sorted(base.keys() - resolved.keys())
+    if missing or extra:
+        raise CheckpointError(
+            "The adapter was made for another architecture: "
+            + "; ".join(
+                f"{len(names)} modules {what}, such as {names[0]!r}"
+                for names, what in ((missing, "are missing in this model"), (extra, "are unknown to the adapter"))
+                if names
+            )
+            + f". {hint}"
+        )
+    for name, saved in resolved.items():
+        if list(saved["shape"]) != list(base[name]["shape"]):
+            raise CheckpointError(
+                f"The adapter was made for another architecture: {name} is {tuple(base[name]['shape'])} here and was "
+                f"{tuple(saved['shape'])}. {hint}"
+            )
+    _warn_of_differences(resolved, base)
+
+
+def _warn_of_differences(resolved: dict[str, dict], base: dict[str, dict]) -> None:
+    def is_float(storage: str) -> bool:
+        return storage in ("float32", "bfloat16", "float16", "float64")
+
+    quantised, changed = [], []
+    for name, saved in resolved.items():
+        was, now = saved.get("base") or {}, base[name]["base"]
+        if not was:
+            continue
+        if was["storage"] != now["storage"] and not (is_float(was["storage"]) and is_float(now["storage"])):
+            quantised.append((name, was["storage"], now["storage"]))
+        elif _differs(was, now):
+            changed.append(name)
+    if quantised:
+        name, was, now = quantised[0]
+        warnings.warn(
+            f"The base model is stored differently from the one that this adapter was trained on: {len(quantised)} of "
+            f"{len(resolved)} modules, for instance {name} is {now} and was {was}. Expect small differences.",
+            stacklevel=2,
+        )
+    if changed:
+        warnings.warn(
+            f"The base model's weights are not those that this adapter was trained on: {len(changed)} of "
+            f"{len(resolved)} adapted modules differ, for instance {changed[0]}. Is it another model, or one with an "
+            "adapter merged into it?",
+            stacklevel=2,
+        )

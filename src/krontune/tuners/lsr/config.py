@@ -1,0 +1,142 @@
+"""LsrConfig, what a user says, and LsrSpec, what it means for one module."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from krontune.errors import ConfigError, ShapeError
+from krontune.kron import split_dim
+from krontune.tuners.base_config import KronConfig, check_choice, check_positive_int
+
+
+@dataclass(frozen=True)
+class LsrSpec:
+    """The sizes of one module's adapter: A is (r, n), B is (m, r), each a sum of `separation_rank` Kronecker products.
+
+    Args:
+        separation_rank: s.
+        rank_factors: (r_1, ..., r_d), their product is r.
+        in_factors: (n_1, ..., n_d), their product is n.
+        out_factors: (m_1, ..., m_d), their product is m.
+        experts: number of matrices of a 3-D expert weight, each with factors of its own.
+    """
+
+    separation_rank: int
+    rank_factors: tuple[int, ...]
+    in_factors: tuple[int, ...]
+    out_factors: tuple[int, ...]
+    experts: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank_factors", "in_factors", "out_factors"):
+            sizes = tuple(getattr(self, name))
+            object.__setattr__(self, name, sizes)
+            for size in sizes:
+                check_positive_int(name, size)
+        check_positive_int("separation_rank", self.separation_rank)
+        check_positive_int("experts", self.experts, or_none=True)
+        if not len(self.rank_factors) == len(self.in_factors) == len(self.out_factors) >= 1:
+            raise ConfigError(f"{self} has factors of different lengths; all three need the same number d >= 1.")
+
+    @property
+    def r(self) -> int:
+        """The rank of the update."""
+        return math.prod(self.rank_factors)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(m, n), or (experts, m, n)."""
+        shape = math.prod(self.out_factors), math.prod(self.in_factors)
+        return shape if self.experts is None else (self.experts, *shape)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name in the checkpoint: shape}: lsr_A.i is (s, r_i, n_i), lsr_B.i is (s, m_i, r_i)."""
+        lead = (self.separation_rank,) if self.experts is None else (self.experts, self.separation_rank)
+        a = {f"lsr_A.{i}": (*lead, r, n) for i, (r, n) in enumerate(zip(self.rank_factors, self.in_factors))}
+        b = {f"lsr_B.{i}": (*lead, m, r) for i, (m, r) in enumerate(zip(self.out_factors, self.rank_factors))}
+        return a | b
+
+    @property
+    def n_params(self) -> int:
+        """Trainable parameters: (experts *) s * sum_i r_i * (n_i + m_i)."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+
+@dataclass
+class LsrConfig(KronConfig):
+    """LSR-Adapt: W' = W + alpha * B A, with A = sum_k A1_k (x) A2_k and B = sum_k B1_k (x) B2_k.
+
+    Equations 2 and 3 of arXiv:2502.13568. Takes the fields of KronConfig as well, which mean what they mean in
+    LoraConfig. An LSR adapter is a LoRA of rank r with s * sum_i r_i * (n_i + m_i) parameters a module.
+
+    Args:
+        r: LoRA rank of the update, shared out over the factors: 4 is 2 x 2, 16 is 4 x 4.
+        separation_rank: s, the number of Kronecker terms of A and of B.
+        n_factors: d, the number of factors of a term (Definition 3.2); 2 is the paper's and the fast path.
+        factor_shapes: "auto" splits every dimension into balanced factors, largest first (768 into 32 x 24). A dict
+            {size: factors} says otherwise for dimensions of that size, for r too: {768: (48, 16)}.
+        init_weights: the start. True and "zero": A random, B zero, so that the update is exactly zero and the best
+            learning rate hardly moves with r and s. "paper": every factor ~ N(0, 0.01^2), as the authors do; the update
+            is tiny, not zero. "gradient": A from the top right singular vectors of the mean gradient; call
+            preprocess_gradient first. False: everything random, not the identity.
+
+    Raises:
+        ConfigError: a setting out of range.
+        ShapeError: factor_shapes that do not multiply to their size.
+
+    >>> config = LsrConfig(r=4, separation_rank=16, target_modules=["q_proj", "v_proj"])
+    >>> config.spec_for(768, 768).n_params          # LoRA r=8 has 12288
+    3584
+    """
+
+    r: int = field(default=4, metadata={"help": "LoRA rank of the update."})
+    separation_rank: int = field(default=16, metadata={"help": "Number of Kronecker terms of each of A and B."})
+    n_factors: int = field(default=2, metadata={"help": "Number of factors of a Kronecker term."})
+    factor_shapes: Union[str, dict] = field(
+        default="auto", metadata={"help": "'auto', or {size: its factors} for dimensions to be split otherwise."}
+    )
+    init_weights: Union[bool, str] = field(
+        default=True, metadata={"help": "True, 'zero', 'paper', 'gradient', or False for a random non-identity."}
+    )
+
+    method = "LSR"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive_int("r", self.r)
+        check_positive_int("separation_rank", self.separation_rank)
+        check_positive_int("n_factors", self.n_factors)
+        check_choice("init_weights", self.init_weights, (True, False, "zero", "paper", "gradient"))
+        if isinstance(self.factor_shapes, dict):
+            # JSON turns the integer keys into strings
+            self.factor_shapes = {int(size): tuple(factors) for size, factors in self.factor_shapes.items()}
+            for size, factors in self.factor_shapes.items():
+                self._check_split(size, factors)
+        elif self.factor_shapes != "auto":
+            raise ConfigError(
+                f"factor_shapes={self.factor_shapes!r} is not allowed. It is 'auto', or a dict such as {{768: (32, 24)}}."
+            )
+
+    def _check_split(self, size: int, factors: tuple[int, ...]) -> None:
+        if len(factors) != self.n_factors or math.prod(factors) != size or min(factors) < 1:
+            raise ShapeError(
+                f"factor_shapes says {size}: {factors}, which is not {self.n_factors} factors with the product {size}. "
+                f"For instance {split_dim(size, self.n_factors)}."
+            )
+
+    def split(self, size: int) -> tuple[int, ...]:
+        """The factors of a dimension: the user's, else balanced ones."""
+        if isinstance(self.factor_shapes, dict) and size in self.factor_shapes:
+            return self.factor_shapes[size]
+        return split_dim(size, self.n_factors)
+
+    def spec_for(self, m: int, n: int, r: Optional[int] = None, experts: Optional[int] = None) -> LsrSpec:
+        """What this config means for a weight of (m, n), or for `experts` of them."""
+        return LsrSpec(self.separation_rank, self.split(r or self.r), self.split(n), self.split(m), experts)
+
+    def spec(self, name: str) -> LsrSpec:
+        """The resolved sizes of a module."""
+        entry: dict[str, Any] = (self.resolved or {})[name]
+        return LsrSpec(**entry["spec"])
