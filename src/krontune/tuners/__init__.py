@@ -2,7 +2,6 @@
 
 from krontune.tuners._peft import register_method
 from krontune.tuners.gradient import preprocess_gradient as preprocess_gradient
-
 from krontune.tuners.lsr import LsrConfig as LsrConfig
 from krontune.tuners.lsr import LsrModel as LsrModel
 from krontune.tuners.soka import SokaConfig as SokaConfig

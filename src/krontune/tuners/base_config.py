@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from peft import PeftConfig
 
@@ -54,43 +54,43 @@ class KronConfig(PeftConfig):
         bias: "none", "all", or "lsr_only" / "soka_only": which of the base model's biases are trained and saved.
         train_norms: also train every normalisation layer (saved with the adapter, as modules_to_save is).
         format_version: version of the checkpoint format; written by krontune.
-        resolved: {full module name: rank, factor shapes, start, fingerprint of the weight}; written by krontune into its
-            own copy of the config. A config that has it describes a checkpoint: nothing is chosen or computed anew.
+        resolved: {full module name: rank, factor shapes, start, fingerprint of the weight}; written by krontune into
+            its own copy of the config. A config that has it describes a checkpoint: nothing is chosen or computed anew.
             Set it to None to start afresh from a loaded config.
     """
 
     alpha: float = field(default=1.0, metadata={"help": "The multiplier of the update; nothing divides it."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the update's input."})
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regex, or 'all-linear'."}
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regex to leave alone."}
     )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
+    layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
     )
-    layers_pattern: Optional[Union[list[str], str]] = field(
+    layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers, where it is not a usual one."}
     )
     rank_pattern: dict = field(default_factory=dict, metadata={"help": "{regex of module name: r}."})
     alpha_pattern: dict = field(default_factory=dict, metadata={"help": "{regex of module name: alpha}."})
-    target_parameters: Optional[list[str]] = field(
+    target_parameters: list[str] | None = field(
         default=None, metadata={"help": "Names of nn.Parameters to adapt (2-D, or 3-D expert weights)."}
     )
-    modules_to_save: Optional[list[str]] = field(
+    modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the adapter."}
     )
     bias: str = field(default="none", metadata={"help": "'none', 'all', or '<method>_only'."})
     train_norms: bool = field(default=False, metadata={"help": "Also train every normalisation layer."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Checkpoint format; written by krontune."})
-    resolved: Optional[dict[str, dict]] = field(
+    resolved: dict[str, dict] | None = field(
         default=None, metadata={"help": "Rank, shapes and fingerprint per module; written by krontune."}
     )
 
     method = ""  # "LSR" or "SOKA"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = _peft.PeftType[self.method]
         if isinstance(self.target_modules, list):
@@ -108,7 +108,9 @@ class KronConfig(PeftConfig):
             raise ConfigError(f"dropout={self.dropout} is not allowed. It must be in [0, 1).")
         check_choice("bias", self.bias, ("none", "all", f"{self.method.lower()}_only"))
         if self.bias != "none" and not _peft.saves_biases():
-            raise ConfigError(f"bias={self.bias!r} needs peft >= 0.21: older ones leave trained biases out of the file.")
+            raise ConfigError(
+                f"bias={self.bias!r} needs peft >= 0.21: older ones leave trained biases out of the file."
+            )
         for name, rank in self.rank_pattern.items():
             check_positive_int(f"rank_pattern[{name!r}]", rank)
         for name, alpha in self.alpha_pattern.items():
@@ -127,7 +129,9 @@ class KronConfig(PeftConfig):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
         """Load the config of a saved adapter and, where the adapter is a local folder, check its weights file.
 
         Raises:

@@ -1,11 +1,11 @@
-"""The adapter layer, but for its mathematics: forward, merging, mixed batches and expert parameters, for both methods."""
+"""The adapter layer but for its mathematics: forward, merging, mixed batches, expert parameters, for both methods."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class KronLayer(_peft.BaseTunerLayer):
     other_param_names: tuple[str, ...] = ("specs", "scaling", "kron_dropout")
 
     def __init__(
-        self, base_layer: nn.Module, name: str = "", parameter_name: Optional[str] = None, **quantisation: Any
+        self, base_layer: nn.Module, name: str = "", parameter_name: str | None = None, **quantisation: Any
     ) -> None:
         nn.Module.__init__(self)
         base = base_layer.get_base_layer() if isinstance(base_layer, _peft.BaseTunerLayer) else base_layer
@@ -39,12 +39,12 @@ class KronLayer(_peft.BaseTunerLayer):
         self.kron_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._unmerged: Optional[dict] = None  # the weight as it was before the first merge
+        self._unmerged: dict | None = None  # the weight as it was before the first merge
         self._awaiting: set[str] = set()  # adapters whose factors a checkpoint has yet to bring
 
     # ------------------------------------------------------------------------------------------- the method's own part
 
-    def allocate(self, adapter: str, spec: Any, start: Optional[Any], dtype: torch.dtype, device: torch.device) -> None:
+    def allocate(self, adapter: str, spec: Any, start: Any | None, dtype: torch.dtype, device: torch.device) -> None:
         """Create the factors of `adapter`: from `start`, or as NaN placeholders that a checkpoint fills (None)."""
         raise NotImplementedError
 
@@ -72,6 +72,12 @@ class KronLayer(_peft.BaseTunerLayer):
         return self.host.matrix_shape(self.get_base_layer())
 
     @property
+    def sizes(self) -> tuple[int | None, int, int]:
+        """(experts or None, m, n)."""
+        *experts, m, n = self.matrix_shape
+        return (experts[0] if experts else None), m, n
+
+    @property
     def base_parameter(self) -> Tensor:
         """The adapted parameter of the base layer as it is stored (packed, where quantised)."""
         return getattr(self.get_base_layer(), self.weight_name)
@@ -80,7 +86,7 @@ class KronLayer(_peft.BaseTunerLayer):
         """How the base weight is stored: "float32", "bnb 4bit nf4", ..."""
         return storage_of(self.base_parameter, self.quantization_backend)
 
-    def add(self, adapter: str, spec: Any, alpha: float, dropout: float, start: Optional[Any], trainable: bool) -> None:
+    def add(self, adapter: str, spec: Any, alpha: float, dropout: float, start: Any | None, trainable: bool) -> None:
         """Give this layer an adapter with the resolved `spec`; see `allocate` for `start`."""
         if dropout and not self.host.takes_dropout:
             warnings.warn(f"dropout={dropout} has no effect on an embedding: its input is indices.", stacklevel=2)
@@ -100,16 +106,14 @@ class KronLayer(_peft.BaseTunerLayer):
             for parameter in [entry] if isinstance(entry, nn.Parameter) else entry.parameters():
                 parameter.requires_grad_(trainable)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: Optional[torch.device] = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, and never cast: PEFT's own casts to the base's dtype, which would round what a checkpoint brought."""
         if adapter_name not in self.specs:
             return
         device = device or self.base_parameter.device
         for name in (*self.adapter_layer_names, *self.other_param_names):
             container = getattr(self, name)
-            if isinstance(container, (nn.ModuleDict, nn.ParameterDict, _peft.BufferDict)) and not device.type == "meta":
+            if isinstance(container, (nn.ModuleDict, nn.ParameterDict, _peft.BufferDict)) and device.type != "meta":
                 entry = container[adapter_name]
                 tensors = [entry] if isinstance(entry, Tensor) else list(entry.parameters())
                 if not any(t.is_meta for t in tensors):
@@ -121,8 +125,8 @@ class KronLayer(_peft.BaseTunerLayer):
             return
         if any(f.is_meta or torch.isnan(f.detach().flatten()[0]) for f in self.factors(adapter)):
             raise CheckpointError(
-                f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. Load "
-                "them (PeftModel.from_pretrained does), or set config.resolved = None to start a new adapter."
+                f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. "
+                "Load them (PeftModel.from_pretrained does), or set config.resolved = None to start a new adapter."
             )
         self._awaiting.discard(adapter)
 
@@ -161,7 +165,7 @@ class KronLayer(_peft.BaseTunerLayer):
                 result = result.index_add(0, index, self.update(x[index], adapter).to(result.dtype))
         return result
 
-    def _check_adapter_names(self, x: Tensor, adapter_names: Optional[Sequence[str]]) -> None:
+    def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str] | None) -> None:
         if adapter_names is None:
             return
         if len(x) != len(adapter_names):
@@ -181,7 +185,7 @@ class KronLayer(_peft.BaseTunerLayer):
         """The dense update in the base weight's own layout, scale included, dtype of the factors."""
         return self.host.from_matrix(self.delta_matrix(adapter), self.get_base_layer())
 
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight, summed in float32 and rounded once.
 
         The original weight is kept in host memory (quantised ones where they are), so that `unmerge` restores its bits.
@@ -198,15 +202,13 @@ class KronLayer(_peft.BaseTunerLayer):
             return
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ConfigError(
-                f"A {self.quantization_backend.backend_name} weight cannot be merged into. Keep the adapter unmerged, or "
-                "load the base model unquantised."
+                f"A {self.quantization_backend.backend_name} weight cannot be merged into. Keep the adapter unmerged, "
+                "or load the base model unquantised."
             )
         for adapter in self._awaiting.intersection(new):
             self._check_loaded(adapter)
         if self.quantization_backend is not None:
-            warnings.warn(
-                f"Merging into a {self.storage()} weight rounds the update to that format.", stacklevel=2
-            )
+            warnings.warn(f"Merging into a {self.storage()} weight rounds the update to that format.", stacklevel=2)
         original = self._unmerged or self._snapshot()
         merged = self._merged_weight(original["data"], self.merged_adapters + new)
         if safe_merge and not torch.isfinite(merged).all():
@@ -263,7 +265,9 @@ class KronLayer(_peft.BaseTunerLayer):
         return type(self.host).__name__ in ("LinearHost", "Conv1DHost")
 
     def extra_repr(self) -> str:
-        return "\n".join(f"({adapter}): {spec}, scaling={self.scaling[adapter]}" for adapter, spec in self.specs.items())
+        return "\n".join(
+            f"({adapter}): {spec}, scaling={self.scaling[adapter]}" for adapter, spec in self.specs.items()
+        )
 
 
 class ParameterLayer(KronLayer):
@@ -295,7 +299,7 @@ class ParameterLayer(KronLayer):
         for adapter in self._awaiting.intersection(adapters):
             self._check_loaded(adapter)
         base, name = self.get_base_layer(), self.weight_name
-        delta = sum(self.get_delta_weight(a) for a in adapters).to(self.base_parameter.dtype)
+        delta = torch.stack([self.get_delta_weight(a) for a in adapters]).sum(0).to(self.base_parameter.dtype)
         trainable = self.base_parameter.requires_grad
         parametrize.register_parametrization(base, name, _Added(delta), unsafe=True)
         base.parametrizations[name].original.requires_grad_(trainable)
@@ -306,7 +310,7 @@ class ParameterLayer(KronLayer):
             parametrize.remove_parametrizations(base, name, leave_parametrized=False)
 
     def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """PEFT calls this to take the wrapper off, and every wrapper nested inside it."""
         layer: nn.Module = self

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -23,14 +23,13 @@ from krontune.tuners.base_config import KronConfig
 from krontune.tuners.base_layer import KronLayer
 from krontune.tuners.checkpoint import check_base, fingerprint, spec_to_dict
 from krontune.tuners.gradient import take_gradient
-from krontune.tuners.hosts import to_float_matrix
 
 
 class Resolved(NamedTuple):
     """What a config means for one module."""
 
     spec: Any
-    choice: Optional[dict] = None  # how a rule arrived at it, for people to read
+    choice: dict | None = None  # how a rule arrived at it, for people to read
     computed: Any = None  # what was computed on the way and serves the start: a KPSVD
 
 
@@ -47,7 +46,7 @@ class KronModel(_peft.BaseTuner):
         """Choose the sizes of every module, {module name: Resolved}."""
         raise NotImplementedError
 
-    def start(self, config: Any, name: str, layer: KronLayer, resolved: Resolved, gradient: Optional[Tensor]) -> Any:
+    def start(self, config: Any, name: str, layer: KronLayer, resolved: Resolved, gradient: Tensor | None) -> Any:
         """The factors that a new adapter starts with, in the form that the layer's `allocate` takes."""
         raise NotImplementedError
 
@@ -63,7 +62,7 @@ class KronModel(_peft.BaseTuner):
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        state_dict: Optional[dict[str, Tensor]] = None,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = copy.deepcopy(self.peft_config[adapter_name])  # the user's own object is never written to
         self.peft_config[adapter_name] = config
@@ -91,7 +90,7 @@ class KronModel(_peft.BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: Optional[str] = None,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
         if not isinstance(target, KronLayer) or (parameter_name and target.weight_name != parameter_name):
@@ -124,7 +123,8 @@ class KronModel(_peft.BaseTuner):
         if config.resolved is None:
             paths = {id(module): path for path, module in self.model.named_modules()}
             config.resolved = {
-                name: _entry(base[name], resolved[name], name, paths[id(layer)]) for name, layer in self._targets.items()
+                name: _entry(base[name], resolved[name], name, paths[id(layer)])
+                for name, layer in self._targets.items()
             }
 
     def needs_data(self, config: Any) -> bool:
@@ -215,9 +215,9 @@ class KronModel(_peft.BaseTuner):
         self.peft_config[adapter_name] = config
         try:
             for name, layer in self._named_layers():
-                present = [(a, w) for a, w in zip(adapters, weights) if a in layer.specs]
+                present = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.specs]
                 if present:
-                    spec, start = self.join(layer, *zip(*present))
+                    spec, start = self.join(layer, *zip(*present, strict=True))
                     layer.add(adapter_name, spec, 1.0, 0.0, start, trainable=False)
                     config.resolved[name] = _entry(self._describe(layer), Resolved(spec), name, name)
         except ConfigError:
@@ -248,7 +248,7 @@ def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_na
 
 
 def pattern_value(pattern: dict, name: str, default: Any) -> Any:
-    """The entry of a rank_pattern or alpha_pattern for a module: the first key that matches the name's end, as in PEFT."""
+    """A module's entry of a rank_pattern or alpha_pattern: the first key that matches the name's end, as in PEFT."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -271,4 +271,10 @@ def norm_names(model: nn.Module) -> list[str]:
     return names
 
 
-_TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_TORCH_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)

@@ -1,4 +1,4 @@
-"""What makes an adapter file safe to load: its format version, the shapes it must hold, and the base it was made for."""
+"""What makes an adapter safe to load: its format version, the shapes it must hold, the base it was made for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from dataclasses import asdict
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +47,7 @@ def check_resolved(config: Any, path: str) -> None:
             raise CheckpointError(f"{where}: resolved[{name!r}] is damaged: {error}") from None
 
 
-def check_adapter_file(config: Any, path: str, subfolder: Optional[str]) -> None:
+def check_adapter_file(config: Any, path: str, subfolder: str | None) -> None:
     """Check a local adapter's weights: safetensors, readable to its last byte, every tensor there and of its shape.
 
     Does nothing for a Hub id (the file is not here yet) and for a folder that holds a config alone.
@@ -88,12 +88,12 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 def _stored_shapes(file: str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {k.removeprefix(_PREFIX): tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
+            return {k.removeprefix(_PREFIX): tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}. It is truncated or damaged.") from None
 
 
-# ------------------------------------------------------------------------------------------------- the base it fits onto
+# ------------------------------------------------------------------------------------------------ the base it fits onto
 
 
 def fingerprint(weight: torch.Tensor, storage: str) -> dict:
@@ -124,7 +124,7 @@ def _differs(saved: dict, now: dict) -> bool:
     if saved["storage"] == now["storage"]:
         return saved["digest"] != now["digest"]
     scale = max(map(abs, saved["sample"])) or 1.0
-    return any(abs(a - b) > 0.01 * abs(a) + 1e-3 * scale for a, b in zip(saved["sample"], now["sample"]))
+    return any(abs(a - b) > 0.01 * abs(a) + 1e-3 * scale for a, b in zip(saved["sample"], now["sample"], strict=True))
 
 
 def check_base(resolved: dict[str, dict], base: dict[str, dict]) -> None:
@@ -140,7 +140,7 @@ def check_base(resolved: dict[str, dict], base: dict[str, dict]) -> None:
     Warns where the values or the quantisation differ, naming what differs.
     """
     hint = "Load it on the base model that adapter_config.json names, or set config.resolved = None to start afresh."
-    missing, extra = sorted(resolved.keys() - base.keys()), sorted(base.keys() - resolved.keys())
+    missing, extra = (sorted(resolved.keys() - base.keys()), sorted(base.keys() - resolved.keys()))
     if missing or extra:
         raise CheckpointError(
             "The adapter was made for another architecture: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,9 @@ def preprocess_gradient(model: nn.Module, config: KronConfig, train_step: Callab
     Memory: one gradient for every adapted weight, as full fine-tuning of those weights would take.
     """
     if config.init_weights != "gradient":
-        raise ConfigError(f"preprocess_gradient needs init_weights='gradient'; the config says {config.init_weights!r}.")
+        raise ConfigError(
+            f"preprocess_gradient needs init_weights='gradient'; the config says {config.init_weights!r}."
+        )
     targets = dict(_targets(model, config))
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
@@ -93,13 +95,13 @@ def _targets(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, nn.Par
         raise ConfigError(f"target_modules={config.target_modules} matched nothing in the model.")
 
 
-def _tuner_class(config: KronConfig) -> type:
+def _tuner_class(config: KronConfig) -> Any:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
 
 
-def take_gradient(layer: KronLayer) -> Optional[Tensor]:
+def take_gradient(layer: KronLayer) -> Tensor | None:
     """The gradient that preprocess_gradient left for a layer, as a matrix, and remove it; None if there is none."""
     kept = layer.get_base_layer().__dict__.get(_ATTRIBUTE)
     if not kept or layer.weight_name not in kept:

@@ -6,7 +6,7 @@ A method knows matrices alone; a host knows layers alone. A new kind of layer is
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class LinearHost:
 
     takes_dropout = True
 
-    def matrix_shape(self, base: nn.Module) -> tuple[int, ...]:
+    def matrix_shape(self, base: Any) -> tuple[int, ...]:
         """(m, n), or (experts, m, n), of the weight seen as a matrix."""
         return base.out_features, base.in_features
 
@@ -31,7 +31,7 @@ class LinearHost:
         """The weight as that matrix."""
         return weight
 
-    def from_matrix(self, matrix: Tensor, base: nn.Module) -> Tensor:
+    def from_matrix(self, matrix: Tensor, base: Any) -> Tensor:
         """The matrix in the weight's own layout."""
         return matrix
 
@@ -43,14 +43,14 @@ class LinearHost:
 class Conv1DHost(LinearHost):
     """transformers' Conv1D (GPT-2): a linear whose weight is stored as (in, out)."""
 
-    def matrix_shape(self, base: nn.Module) -> tuple[int, ...]:
+    def matrix_shape(self, base: Any) -> tuple[int, ...]:
         n, m = base.weight.shape
         return m, n
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def from_matrix(self, matrix: Tensor, base: nn.Module) -> Tensor:
+    def from_matrix(self, matrix: Tensor, base: Any) -> Tensor:
         return matrix.T
 
 
@@ -59,7 +59,7 @@ class EmbeddingHost(LinearHost):
 
     takes_dropout = False  # the input is indices
 
-    def matrix_shape(self, base: nn.Module) -> tuple[int, ...]:
+    def matrix_shape(self, base: Any) -> tuple[int, ...]:
         return base.num_embeddings, base.embedding_dim
 
     def update(self, layer: KronLayer, x: Tensor, adapter: str) -> Tensor:
@@ -75,13 +75,13 @@ class ConvHost(LinearHost):
     it costs less than unfolding the input would.
     """
 
-    def matrix_shape(self, base: nn.Module) -> tuple[int, ...]:
+    def matrix_shape(self, base: Any) -> tuple[int, ...]:
         return base.weight.shape[0], math.prod(base.weight.shape[1:])
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
-    def from_matrix(self, matrix: Tensor, base: nn.Module) -> Tensor:
+    def from_matrix(self, matrix: Tensor, base: Any) -> Tensor:
         return matrix.view(base.weight.shape)
 
     def update(self, layer: KronLayer, x: Tensor, adapter: str) -> Tensor:
@@ -98,7 +98,7 @@ class ParameterHost(LinearHost):
     def __init__(self, parameter_name: str):
         self.parameter_name = parameter_name
 
-    def matrix_shape(self, base: nn.Module) -> tuple[int, ...]:
+    def matrix_shape(self, base: Any) -> tuple[int, ...]:
         shape = tuple(getattr(base, self.parameter_name).shape)
         if len(shape) not in (2, 3):
             raise ConfigError(
@@ -108,7 +108,7 @@ class ParameterHost(LinearHost):
         return shape
 
 
-def host_of(base: nn.Module, name: str, quantised: bool, parameter_name: Optional[str] = None) -> LinearHost:
+def host_of(base: nn.Module, name: str, quantised: bool, parameter_name: str | None = None) -> LinearHost:
     """The host for a base layer.
 
     Raises:
@@ -131,7 +131,7 @@ def host_of(base: nn.Module, name: str, quantised: bool, parameter_name: Optiona
     )
 
 
-def storage_of(weight: Tensor, backend: Optional[object]) -> str:
+def storage_of(weight: Tensor, backend: Any) -> str:
     """How a weight is stored: its dtype's name, or its quantisation backend's."""
     if backend is not None:
         kind = getattr(getattr(weight, "quant_state", None), "quant_type", "")  # nf4 and fp4 share a backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from krontune.errors import ConfigError, ShapeError
 from krontune.kron import split_dim
@@ -27,7 +27,7 @@ class LsrSpec:
     rank_factors: tuple[int, ...]
     in_factors: tuple[int, ...]
     out_factors: tuple[int, ...]
-    experts: Optional[int] = None
+    experts: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank_factors", "in_factors", "out_factors"):
@@ -54,8 +54,13 @@ class LsrSpec:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """{name in the checkpoint: shape}: lsr_A.i is (s, r_i, n_i), lsr_B.i is (s, m_i, r_i)."""
         lead = (self.separation_rank,) if self.experts is None else (self.experts, self.separation_rank)
-        a = {f"lsr_A.{i}": (*lead, r, n) for i, (r, n) in enumerate(zip(self.rank_factors, self.in_factors))}
-        b = {f"lsr_B.{i}": (*lead, m, r) for i, (m, r) in enumerate(zip(self.out_factors, self.rank_factors))}
+        a = {
+            f"lsr_A.{i}": (*lead, r, n) for i, (r, n) in enumerate(zip(self.rank_factors, self.in_factors, strict=True))
+        }
+        b = {
+            f"lsr_B.{i}": (*lead, m, r)
+            for i, (m, r) in enumerate(zip(self.out_factors, self.rank_factors, strict=True))
+        }
         return a | b
 
     @property
@@ -94,16 +99,16 @@ class LsrConfig(KronConfig):
     r: int = field(default=4, metadata={"help": "LoRA rank of the update."})
     separation_rank: int = field(default=16, metadata={"help": "Number of Kronecker terms of each of A and B."})
     n_factors: int = field(default=2, metadata={"help": "Number of factors of a Kronecker term."})
-    factor_shapes: Union[str, dict] = field(
+    factor_shapes: str | dict = field(
         default="auto", metadata={"help": "'auto', or {size: its factors} for dimensions to be split otherwise."}
     )
-    init_weights: Union[bool, str] = field(
+    init_weights: bool | str = field(
         default=True, metadata={"help": "True, 'zero', 'paper', 'gradient', or False for a random non-identity."}
     )
 
     method = "LSR"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_positive_int("r", self.r)
         check_positive_int("separation_rank", self.separation_rank)
@@ -116,7 +121,7 @@ class LsrConfig(KronConfig):
                 self._check_split(size, factors)
         elif self.factor_shapes != "auto":
             raise ConfigError(
-                f"factor_shapes={self.factor_shapes!r} is not allowed. It is 'auto', or a dict such as {{768: (32, 24)}}."
+                f"factor_shapes={self.factor_shapes!r} is not allowed. It is 'auto', or a dict like {{768: (32, 24)}}."
             )
 
     def _check_split(self, size: int, factors: tuple[int, ...]) -> None:
@@ -132,7 +137,7 @@ class LsrConfig(KronConfig):
             return self.factor_shapes[size]
         return split_dim(size, self.n_factors)
 
-    def spec_for(self, m: int, n: int, r: Optional[int] = None, experts: Optional[int] = None) -> LsrSpec:
+    def spec_for(self, m: int, n: int, r: int | None = None, experts: int | None = None) -> LsrSpec:
         """What this config means for a weight of (m, n), or for `experts` of them."""
         return LsrSpec(self.separation_rank, self.split(r or self.r), self.split(n), self.split(m), experts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,36 +19,46 @@ class LsrLayer(KronLayer, nn.Module):
 
     adapter_layer_names: tuple[str, ...] = ("lsr_A", "lsr_B")
 
-    def __init__(self, base_layer: nn.Module, *args, **kwargs) -> None:
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
         self.lsr_A = nn.ModuleDict()
         self.lsr_B = nn.ModuleDict()
 
     def allocate(
-        self, adapter: str, spec: LsrSpec, start: Optional[Factors], dtype: torch.dtype, device: torch.device
+        self, adapter: str, spec: LsrSpec, start: Factors | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         if start is None:
             placeholders = [torch.full(shape, torch.nan) for shape in spec.tensor_shapes().values()]
             d = len(spec.rank_factors)
             start = placeholders[:d], placeholders[d:]
-        for container, factors in zip((self.lsr_A, self.lsr_B), start):
+        for container, factors in zip((self.lsr_A, self.lsr_B), start, strict=True):
             container[adapter] = nn.ParameterList(nn.Parameter(f.to(device, dtype)) for f in factors)
 
+    def a_factors(self, adapter: str) -> list[Tensor]:
+        """The factors of A, each (s, r_i, n_i)."""
+        return list(cast(nn.ParameterList, self.lsr_A[adapter]))
+
+    def b_factors(self, adapter: str) -> list[Tensor]:
+        """The factors of B, each (s, m_i, r_i)."""
+        return list(cast(nn.ParameterList, self.lsr_B[adapter]))
+
     def factors(self, adapter: str) -> list[Tensor]:
-        return [*self.lsr_A[adapter], *self.lsr_B[adapter]]
+        return self.a_factors(adapter) + self.b_factors(adapter)
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (r, n) and B (m, r), with a leading experts dimension where the weight has one: the LoRA that this is."""
-        build = separated_sum if self.specs[adapter].experts is None else torch.vmap(lambda *f: separated_sum(f))
-        A, B = list(self.lsr_A[adapter]), list(self.lsr_B[adapter])
-        return (build(A), build(B)) if build is separated_sum else (build(*A), build(*B))
+        A, B = self.a_factors(adapter), self.b_factors(adapter)
+        if self.specs[adapter].experts is None:
+            return separated_sum(A), separated_sum(B)
+        each = torch.vmap(lambda *factors: separated_sum(factors))
+        return each(*A), each(*B)
 
     def delta_matrix(self, adapter: str) -> Tensor:
         A, B = self.lora_factors(adapter)
         return self.scaling[adapter] * (B @ A)
 
     def delta_linear(self, x: Tensor, adapter: str) -> Tensor:
-        return self.scaling[adapter] * separated_linear(x, list(self.lsr_A[adapter]), list(self.lsr_B[adapter]))
+        return self.scaling[adapter] * separated_linear(x, self.a_factors(adapter), self.b_factors(adapter))
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         A, B = self.lora_factors(adapter)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ class LsrModel(KronModel):
         resolved = {}
         wasteful = []
         for name, layer in layers.items():
-            *experts, m, n = layer.matrix_shape
+            experts, m, n = layer.sizes
             r = pattern_value(config.rank_pattern, name, config.r)
-            spec = config.spec_for(m, n, r, *experts)
+            spec = config.spec_for(m, n, r, experts)
             resolved[name] = Resolved(spec)
             lora = r * (m + n) * (spec.experts or 1)
             if spec.n_params > lora:
@@ -47,7 +46,7 @@ class LsrModel(KronModel):
         return resolved
 
     def start(
-        self, config: LsrConfig, name: str, layer: KronLayer, resolved: Resolved, gradient: Optional[Tensor]
+        self, config: LsrConfig, name: str, layer: KronLayer, resolved: Resolved, gradient: Tensor | None
     ) -> Factors:
         spec: LsrSpec = resolved.spec
         if spec.experts is None:
@@ -55,14 +54,14 @@ class LsrModel(KronModel):
         starts = [
             lsr_start(spec, config.init_weights, None if gradient is None else gradient[e]) for e in range(spec.experts)
         ]
-        A, B = ([torch.stack(same) for same in zip(*side)] for side in zip(*starts))
+        A, B = ([torch.stack(same) for same in zip(*side, strict=True)] for side in zip(*starts, strict=True))
         return A, B
 
     def join(self, layer: LsrLayer, adapters: Sequence[str], weights: Sequence[float]) -> tuple[LsrSpec, Factors]:
-        """A = [A_1; A_2; ...] and B = [w_1 B_1, w_2 B_2, ...] block by block: r_1 and s add up, the rest must be equal."""
+        """A = [A_1; A_2; ...], B = [w_1 B_1, w_2 B_2, ...] block by block: r_1 and s add up, the rest must be equal."""
         specs = [layer.specs[a] for a in adapters]
         first = specs[0]
-        for adapter, spec in zip(adapters, specs):
+        for adapter, spec in zip(adapters, specs, strict=True):
             if (spec.rank_factors[1:], spec.in_factors, spec.out_factors) != (
                 first.rank_factors[1:],
                 first.in_factors,
@@ -80,9 +79,9 @@ class LsrModel(KronModel):
             first.out_factors,
             first.experts,
         )
-        A = [[f.float() for f in layer.lsr_A[a]] for a in adapters]
-        B = [[f.float() for f in layer.lsr_B[a]] for a in adapters]
-        for factors, adapter, weight in zip(B, adapters, weights):
+        A = [[f.float() for f in layer.a_factors(a)] for a in adapters]
+        B = [[f.float() for f in layer.b_factors(a)] for a in adapters]
+        for factors, adapter, weight in zip(B, adapters, weights, strict=True):
             factors[0] = factors[0] * (weight * layer.scaling[adapter])
         rows, columns = _blocks([a[0] for a in A], -2), _blocks([b[0] for b in B], -1)
         others = range(1, len(first.rank_factors))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ Factors = tuple[list[Tensor], list[Tensor]]  # those of A and those of B
 _PAPER_STD = 0.01
 
 
-def lsr_start(spec: LsrSpec, init_weights: Union[bool, str], gradient: Optional[Tensor] = None) -> Factors:
+def lsr_start(spec: LsrSpec, init_weights: bool | str, gradient: Tensor | None = None) -> Factors:
     """The factors of A and B that `init_weights` asks for, float32, for one matrix.
 
     Args:
@@ -35,7 +34,7 @@ def lsr_start(spec: LsrSpec, init_weights: Union[bool, str], gradient: Optional[
 
 
 def _balanced(spec: LsrSpec) -> Factors:
-    """Factors for which A's entries have variance 1/(3n), as in a fresh LoRA, whatever s and d are; B's have 1/s or so."""
+    """Factors that give A's entries the variance 1/(3n), as in a fresh LoRA, whatever s and d are, and B's about 1."""
     d, s, n = len(spec.in_factors), spec.separation_rank, math.prod(spec.in_factors)
     std_a = (3 * n * s) ** (-1 / (2 * d))
     std_b = s ** (-1 / (2 * max(d - 1, 1)))
@@ -44,12 +43,12 @@ def _balanced(spec: LsrSpec) -> Factors:
 
 def _normal_factors(spec: LsrSpec, std_a: float, std_b: float) -> Factors:
     s = spec.separation_rank
-    A = [torch.randn(s, r, n) * std_a for r, n in zip(spec.rank_factors, spec.in_factors)]
-    B = [torch.randn(s, m, r) * std_b for m, r in zip(spec.out_factors, spec.rank_factors)]
+    A = [torch.randn(s, r, n) * std_a for r, n in zip(spec.rank_factors, spec.in_factors, strict=True)]
+    B = [torch.randn(s, m, r) * std_b for m, r in zip(spec.out_factors, spec.rank_factors, strict=True)]
     return A, B
 
 
-def _gradient_factors(spec: LsrSpec, gradient: Optional[Tensor], random: list[Tensor]) -> list[Tensor]:
+def _gradient_factors(spec: LsrSpec, gradient: Tensor | None, random: list[Tensor]) -> list[Tensor]:
     """A from the gradient: the top r right singular vectors of -G, as s Kronecker terms, at the random start's norm.
 
     Terms that the singular vectors do not need keep a tenth of the random start, so that they can be trained.
@@ -68,4 +67,4 @@ def _gradient_factors(spec: LsrSpec, gradient: Optional[Tensor], random: list[Te
     scale = float(ratio) ** (1 / len(terms))
     spare = (terms[0].flatten(1).norm(dim=1) == 0)[:, None, None]
     tenth = 0.1 ** (1 / len(terms))
-    return [torch.where(spare, noise * tenth, term * scale) for term, noise in zip(terms, random)]
+    return [torch.where(spare, noise * tenth, term * scale) for term, noise in zip(terms, random, strict=True)]

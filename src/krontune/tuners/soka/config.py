@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from krontune.errors import ConfigError
-from krontune.kron import KronShape, resolve_shape
+from krontune.kron import FactorShape, KronShape, resolve_shape
 from krontune.tuners.base_config import KronConfig, check_choice, check_number, check_positive_int
 
 RULES = ("fixed", "energy", "elbow", "spectrum", "budget")
@@ -26,7 +26,7 @@ class SokaSpec:
     r: int
     left: tuple[int, int]
     right: tuple[int, int]
-    experts: Optional[int] = None
+    experts: int | None = None
 
     def __post_init__(self) -> None:
         check_positive_int("r", self.r)
@@ -51,7 +51,7 @@ class SokaSpec:
         return shape if self.experts is None else (self.experts, *shape)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name in the checkpoint: shape}: the trained differences soka_dA, soka_dB and the frozen start soka_A0, soka_B0."""
+        """{name in the checkpoint: shape}: the trained soka_dA and soka_dB, the frozen soka_A0 and soka_B0."""
         lead = (self.r,) if self.experts is None else (self.experts, self.r)
         left, right = (*lead, *self.left), (*lead, *self.right)
         return {"soka_dA": left, "soka_dB": right, "soka_A0": left, "soka_B0": right}
@@ -74,18 +74,18 @@ class SokaConfig(KronConfig):
         r: K, the number of Kronecker terms; 8 if None. With a rank_selection rule, the largest K that it may choose; 32
             if None. rank_pattern sets the same per module.
         rank_selection: how K is chosen for each module. "fixed": r. "energy": the least K whose terms hold
-            energy_threshold of ||W||_F^2. "elbow": the elbow of the spectrum, where it has one. "spectrum": the smaller of
-            the two, the paper's rule. "budget": the terms that hold the most energy a parameter, over all modules, with
-            at most `budget` parameters in total. Where a rule finds nothing, K is r, and `resolved` says so.
+            energy_threshold of ||W||_F^2. "elbow": the elbow of the spectrum, where it has one. "spectrum": the smaller
+            of the two, the paper's rule. "budget": the terms that hold the most energy a parameter, over all modules,
+            with at most `budget` parameters in total. Where a rule finds nothing, K is r, and `resolved` says so.
         energy_threshold: theta, in (0, 1]; for "energy" and "spectrum".
         budget: trainable parameters in total; for "budget".
         min_r: the smallest K that a rule may choose.
-        factor_shape: shape of the factors. "auto": the family of p = 4 (A is (m/p, p), B is (p, n/p)), or of the largest p
-            below that divides both sizes. An int: the family of that p; 1 is a plain low rank. "square": near-square
-            factors, the paper's. (m1, n1): A's shape, the same for every module.
-        init_weights: the start. True and "principal": the KPSVD of the weight. "zero": A0 random, B0 = 0, as LoRA starts.
-            "gradient": A0 from the KPSVD of the mean gradient, B0 = 0; call preprocess_gradient first. The update is
-            exactly zero in all of these. False: random, not the identity.
+        factor_shape: shape of the factors. "auto": the family of p = 4 (A is (m/p, p), B is (p, n/p)), or of the
+            largest p below that divides both sizes. An int: the family of that p; 1 is a plain low rank. "square":
+            near-square factors, the paper's. (m1, n1): A's shape, the same for every module.
+        init_weights: the start. True and "principal": the KPSVD of the weight. "zero": A0 random, B0 = 0, as LoRA
+            starts. "gradient": A0 from the mean gradient's KPSVD, B0 = 0; call preprocess_gradient first. The update
+            is exactly zero in all of these. False: random, not the identity.
 
     Raises:
         ConfigError: a setting out of range, or one that has no effect.
@@ -95,21 +95,19 @@ class SokaConfig(KronConfig):
     12288
     """
 
-    r: Optional[int] = field(default=None, metadata={"help": "Number of Kronecker terms, or a rule's largest."})
+    r: int | None = field(default=None, metadata={"help": "Number of Kronecker terms, or a rule's largest."})
     rank_selection: str = field(default="fixed", metadata={"help": f"One of {', '.join(RULES)}."})
     energy_threshold: float = field(default=0.9, metadata={"help": "Share of the weight's energy to hold, in (0, 1]."})
-    budget: Optional[int] = field(default=None, metadata={"help": "Trainable parameters in total, for 'budget'."})
+    budget: int | None = field(default=None, metadata={"help": "Trainable parameters in total, for 'budget'."})
     min_r: int = field(default=1, metadata={"help": "The smallest rank that a rule may choose."})
-    factor_shape: Union[str, int, tuple[int, int]] = field(
-        default="auto", metadata={"help": "'auto', 'square', an int p, or (m1, n1)."}
-    )
-    init_weights: Union[bool, str] = field(
+    factor_shape: FactorShape = field(default="auto", metadata={"help": "'auto', 'square', an int p, or (m1, n1)."})
+    init_weights: bool | str = field(
         default=True, metadata={"help": "True, 'principal', 'zero', 'gradient', or False for a random non-identity."}
     )
 
     method = "SOKA"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_positive_int("r", self.r, or_none=True)
         check_positive_int("min_r", self.min_r)
@@ -117,8 +115,9 @@ class SokaConfig(KronConfig):
         check_choice("rank_selection", self.rank_selection, RULES)
         check_choice("init_weights", self.init_weights, (True, False, "principal", "zero", "gradient"))
         check_number("energy_threshold", self.energy_threshold)
-        if isinstance(self.factor_shape, list):  # JSON has no tuples
-            self.factor_shape = tuple(self.factor_shape)
+        shape: Any = self.factor_shape
+        if isinstance(shape, list):  # JSON has no tuples
+            self.factor_shape = tuple(shape)
         self._check_rule()
 
     def _check_rule(self) -> None:
@@ -126,7 +125,8 @@ class SokaConfig(KronConfig):
             raise ConfigError(f"energy_threshold={self.energy_threshold} is not allowed. It must be in (0, 1].")
         if self.rank_selection not in ("energy", "spectrum") and self.energy_threshold != 0.9:
             raise ConfigError(
-                f"energy_threshold has no effect with rank_selection={self.rank_selection!r}. Use 'energy' or 'spectrum'."
+                f"energy_threshold has no effect with rank_selection={self.rank_selection!r}, only with 'energy' and "
+                "'spectrum'."
             )
         if (self.rank_selection == "budget") != (self.budget is not None):
             raise ConfigError(
@@ -143,10 +143,8 @@ class SokaConfig(KronConfig):
         """K where it is fixed, else the largest K that a rule may choose."""
         return self.r or (8 if self.rank_selection == "fixed" else 32)
 
-    def spec_for(
-        self, m: int, n: int, r: Optional[int] = None, experts: Optional[int] = None, name: str = ""
-    ) -> SokaSpec:
-        """What this config means for a weight of (m, n), or for `experts` of them; K is clamped to what the shapes hold."""
+    def spec_for(self, m: int, n: int, r: int | None = None, experts: int | None = None, name: str = "") -> SokaSpec:
+        """What this config means for a weight of (m, n), or `experts` of them; K is clamped to what the shapes hold."""
         shape = resolve_shape(m, n, self.factor_shape, name)
         return SokaSpec(min(r or self.max_r, shape.max_terms), (shape.m1, shape.n1), (shape.m2, shape.n2), experts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,13 @@ class SokaLayer(KronLayer, nn.Module):
 
         sum_k A_k (x) B_k - A0_k (x) B0_k  =  sum_k dA_k (x) B0_k + (A0_k + dA_k) (x) dB_k
 
-    is then exactly zero while dA = dB = 0, in every dtype, and a small update is not lost in the rounding of a large A0.
+    is then exactly zero while dA = dB = 0, in every dtype, and a small update is not lost in A0's rounding.
     """
 
     adapter_layer_names: tuple[str, ...] = ("soka_dA", "soka_dB")
     other_param_names: tuple[str, ...] = (*KronLayer.other_param_names, "soka_A0", "soka_B0")
 
-    def __init__(self, base_layer: nn.Module, *args, **kwargs) -> None:
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
         self.soka_dA = nn.ParameterDict()
         self.soka_dB = nn.ParameterDict()
@@ -43,7 +43,7 @@ class SokaLayer(KronLayer, nn.Module):
         self.soka_B0 = _peft.BufferDict(persistent=True)
 
     def allocate(
-        self, adapter: str, spec: SokaSpec, start: Optional[SokaStart], dtype: torch.dtype, device: torch.device
+        self, adapter: str, spec: SokaSpec, start: SokaStart | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         if start is None:
             start = SokaStart(*(torch.full(shape, torch.nan) for shape in spec.tensor_shapes().values()))
@@ -65,7 +65,8 @@ class SokaLayer(KronLayer, nn.Module):
         return self.scaling[adapter] * kron_sum(*self.kron_terms(adapter))
 
     def delta_linear(self, x: Tensor, adapter: str) -> Tensor:
-        return kron_delta_linear(x, *self.factors(adapter), scale=self.scaling[adapter])
+        dA, dB, A0, B0 = self.factors(adapter)
+        return kron_delta_linear(x, dA, dB, A0, B0, scale=self.scaling[adapter])
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         return self.scaling[adapter] * kron_embedding(ids, *self.kron_terms(adapter))

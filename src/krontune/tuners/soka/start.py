@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
-
 import torch
 from torch import Tensor
 
@@ -13,9 +11,7 @@ from krontune.tuners.soka.config import SokaSpec
 from krontune.tuners.soka.layer import SokaStart
 
 
-def soka_start(
-    spec: SokaSpec, init_weights: Union[bool, str], kpsvd: Optional[Kpsvd], gradient: Optional[Tensor]
-) -> SokaStart:
+def soka_start(spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gradient: Tensor | None) -> SokaStart:
     """The four tensors that `init_weights` asks for, float32, for one matrix.
 
     Args:
@@ -32,7 +28,7 @@ def soka_start(
 
 
 def _frozen_terms(
-    spec: SokaSpec, init_weights: Union[bool, str], kpsvd: Optional[Kpsvd], gradient: Optional[Tensor]
+    spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (m1, n1), (m2, n2) = spec.left, spec.right
     if init_weights in (True, "principal") and kpsvd is not None:
