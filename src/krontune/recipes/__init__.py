@@ -1,0 +1,9 @@
+"""Training and evaluation from a config: what `krontune train` and `krontune demo` do, as Python functions."""
+
+from __future__ import annotations
+
+from .callbacks import Interrupted
+from .config import RunConfig, load_config
+from .sft import train
+
+__all__ = ["Interrupted", "RunConfig", "load_config", "train"]

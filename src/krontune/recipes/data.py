@@ -1,0 +1,161 @@
+"""Training data: rows from the Hub or from local files, as the examples that SFTTrainer takes."""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from krontune.errors import ConfigError
+
+from .config import DataSettings, suggest
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# What a row can be, first match wins.
+KINDS = (("prompt", "completion"), ("messages",), ("text",))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a model is trained on, and optionally evaluated on."""
+
+    train: Dataset
+    eval: Dataset | None = None
+
+
+def load_data(settings: DataSettings) -> Examples:
+    """Training rows and, if asked for, evaluation rows, with the columns of one of the `KINDS`.
+
+    Raises:
+        ConfigError: a file or data set that cannot be read, columns that are not there, or empty rows.
+    """
+    train = _examples(settings, settings.train, settings.split)
+    if settings.eval:
+        return Examples(train, _examples(settings, settings.eval, settings.eval_split or settings.split))
+    if settings.eval_split:
+        return Examples(train, _examples(settings, settings.train, settings.eval_split))
+    return Examples(train)
+
+
+def is_chat(dataset: Dataset) -> bool:
+    """Whether the rows are messages, to be rendered by the tokenizer's chat template."""
+    return not isinstance(dataset[0].get("prompt", dataset[0].get("text")), str)
+
+
+def _examples(settings: DataSettings, source: str, split: str) -> Dataset:
+    rows = _read(settings, source, split)
+    if settings.limit:
+        rows = rows.select(range(min(settings.limit, len(rows))))
+    if len(rows) == 0:
+        raise ConfigError(f"{source} has no rows.")
+    rows = _choose_columns(rows, settings, source)
+    _check_values(rows, source)
+    if settings.chat and "prompt" in rows.column_names:
+        rows = rows.map(lambda row: _as_chat(row, settings.system), desc="Wrapping as chat")
+    return rows
+
+
+def _read(settings: DataSettings, source: str, split: str) -> Dataset:
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix in FORMATS:
+        return _read_file(path)
+    try:
+        return datasets.load_dataset(source, settings.name, split=split)
+    except Exception as error:  # the Hub client raises a dozen unrelated kinds
+        raise ConfigError(f"cannot load the data set {source!r}, split {split!r}: {_first_line(error)}") from None
+
+
+def _read_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise ConfigError(f"no such data file: {path}")
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{path} ends in {path.suffix!r}; data files are {', '.join(sorted(FORMATS))}.")
+    if path.stat().st_size == 0:
+        raise ConfigError(f"{path} is empty.")
+    if path.suffix == ".jsonl":
+        _check_jsonl(path)
+    try:
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # pyarrow, pandas and datasets each raise their own
+        cause = error.__cause__ or error
+        raise ConfigError(f"cannot read {path}: {_first_line(cause)}") from None
+
+
+def _check_jsonl(path: Path) -> None:
+    """Name the first line that is not a JSON object; Arrow's own message gives a byte offset at best."""
+    with path.open(encoding="utf-8", errors="strict") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise ConfigError(f"{path}, line {number}: a JSON object is needed, such as {{'prompt': ...}}.")
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}).") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8: {error}.") from None
+
+
+def _choose_columns(rows: Dataset, settings: DataSettings, source: str) -> Dataset:
+    """Keep the columns of one kind, taking each from where `settings.columns` says: a column, or a template."""
+    available = rows.column_names
+    chosen: dict[str, str] = {**settings.columns}
+    for kind in KINDS:
+        if all(name in chosen or name in available for name in kind):
+            break
+    else:
+        raise ConfigError(
+            f"{source} has the columns {', '.join(available)}; needed are prompt and completion, or messages, or "
+            "text. Say which to use, for example data.columns: {prompt: question, completion: answer}."
+        )
+    makers = {name: chosen.get(name, name) for name in kind}
+    for name, maker in makers.items():
+        for column in _fields(maker):
+            if column not in available:
+                known = suggest(column, available)
+                raise ConfigError(f"data.columns.{name}: {source} has no column {column!r}. {known}")
+    if all(name == maker for name, maker in makers.items()):
+        return rows.select_columns(list(kind))
+
+    def build(row: dict[str, Any]) -> dict[str, Any]:
+        return {n: m.format_map(row) if _is_template(m) else row[m] for n, m in makers.items()}
+
+    return rows.map(build, remove_columns=available, desc="Choosing columns")
+
+
+def _fields(maker: str) -> list[str]:
+    if not _is_template(maker):
+        return [maker]
+    return [field for _, field, _, _ in string.Formatter().parse(maker) if field]
+
+
+def _is_template(maker: str) -> bool:
+    return "{" in maker
+
+
+def _check_values(rows: Dataset, source: str) -> None:
+    for name in rows.column_names:
+        missing = rows.data.column(name).null_count
+        if missing:
+            raise ConfigError(f"{source}: {missing} of {len(rows)} rows have no {name}.")
+        value = rows[0][name]
+        plain_text = isinstance(value, str) and name != "messages"
+        messages = name != "text" and isinstance(value, list) and all({"role", "content"} <= set(m) for m in value)
+        if not plain_text and not messages:
+            kind = "a list of {role, content}" if name == "messages" else "text"
+            raise ConfigError(f"{source}: {name} must be {kind}; the first row has {value!r}.")
+
+
+def _as_chat(row: dict[str, str], system: str | None) -> dict[str, list[dict[str, str]]]:
+    before = [{"role": "system", "content": system}] if system is not None else []
+    return {
+        "prompt": [*before, {"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,0 +1,204 @@
+"""Supervised fine-tuning of a causal language model with any PEFT method, through TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from krontune.errors import ConfigError, KrontuneError
+from krontune.report import RunRecord, final_loss, write_record
+from krontune.report.plots import loss_curve
+
+from .callbacks import Interrupted, MetricsFile, StepTimer, StopOnSignal
+from .config import RunConfig
+from .data import Examples, is_chat, load_data
+from .gradient_start import prepare_gradient_start
+from .methods import check_settings, peft_config
+from .models import check_chat_template, load_model, load_tokenizer
+from .runs import RunFolder, environment, folder_bytes
+
+# Set by the run config itself, in one place each.
+OWN_SETTINGS = {
+    "output_dir": "output",
+    "seed": "seed",
+    "report_to": "report_to",
+    "resume_from_checkpoint": "resume",
+    "model_init_kwargs": "model",
+    "trust_remote_code": "model.trust_remote_code",
+}
+# TRL's 2e-5 is for full fine-tuning. Where a method's useful range lies is in docs/train.md.
+LEARNING_RATES = {"lsr": 6e-3, "soka": 2e-3}
+LEARNING_RATE = 2e-4
+
+
+def train(config: RunConfig, *, force: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> RunRecord:
+    """Fine-tune as `config` says and fill its run folder (see krontune.recipes.runs).
+
+    SIGINT and SIGTERM end the run after the current step with a checkpoint. Under `accelerate launch` every process
+    calls this; only the first one writes.
+
+    Args:
+        config: the run.
+        force: replace a run that is already in the output folder.
+        callbacks: more callbacks for the trainer, such as a progress bar.
+
+    Returns:
+        The run's record, also in OUTPUT/record.json.
+
+    Raises:
+        ConfigError: a wrong setting, before anything is loaded or written where that can be told.
+        Interrupted: stopped by a signal; resumable when its `step` is not None.
+    """
+    with StopOnSignal() as stop:
+        folder = RunFolder(config.output)
+        method = peft_config(config.method)
+        args = sft_arguments(config, folder)
+        if args.process_index == 0:
+            folder.check(config, force)
+        set_seed(config.seed)
+        examples = load_data(config.data)
+        tokenizer = load_tokenizer(config.model)
+        if is_chat(examples.train) and not args.chat_template_path:
+            check_chat_template(tokenizer)
+        model = load_model(config.model)
+        if args.process_index == 0:
+            folder.start(config, force)
+        return fit(config, args, method, model, tokenizer, examples, stop=stop, callbacks=callbacks)
+
+
+def sft_arguments(config: RunConfig, folder: RunFolder) -> SFTConfig:
+    """TRL's arguments from `config.training`, with defaults that suit adapters and the hardware.
+
+    Raises:
+        ConfigError: a setting that SFTConfig does not have (the nearest is suggested), that the run config holds
+            elsewhere, or whose value is refused.
+    """
+    for name, place in OWN_SETTINGS.items():
+        if name in config.training:
+            raise ConfigError(f"training.{name} belongs elsewhere in the file: set '{place}' instead.")
+    known = {f.name for f in dataclasses.fields(SFTConfig) if f.init} - OWN_SETTINGS.keys()
+    settings = check_settings(SFTConfig, config.training, "training", known)
+    on_gpu = torch.cuda.is_available() and not settings.get("use_cpu", False)
+    defaults: dict[str, Any] = {
+        "learning_rate": LEARNING_RATES.get(config.method.name.lower(), LEARNING_RATE),
+        "bf16": on_gpu and not settings.get("fp16", False) and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "ddp_broadcast_buffers": False,  # buffers are frozen and equal everywhere
+        "disable_tqdm": True,  # krontune.recipes.callbacks has a bar of its own
+    }
+    if (config.data.eval or config.data.eval_split) and "eval_strategy" not in settings:
+        defaults["eval_strategy"] = "epoch"
+    try:
+        return SFTConfig(
+            output_dir=str(folder.checkpoints),
+            seed=config.seed,
+            report_to=config.report_to,
+            **{**defaults, **settings},
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training settings: {str(error).strip()}") from None
+
+
+def fit(
+    config: RunConfig,
+    args: SFTConfig,
+    method: PeftConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    *,
+    stop: StopOnSignal,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunRecord:
+    """Train an adapter on a loaded model and write the results; `model` becomes the adapter's base, in place.
+
+    Raises:
+        Interrupted: stopped by a signal.
+    """
+    folder = RunFolder(config.output)
+    checkpoint = folder.latest_checkpoint() if config.resume else None
+    set_seed(config.seed)  # the adapter's start depends on nothing that was drawn before
+    n_base = sum(parameter.numel() for parameter in model.parameters())
+    adapted = _with_adapter(method, model, tokenizer, args, examples)
+    timer = StepTimer()
+    trainer = SFTTrainer(
+        model=adapted,
+        args=args,
+        train_dataset=examples.train,
+        eval_dataset=examples.eval,
+        processing_class=tokenizer,
+        callbacks=[stop, MetricsFile(folder.metrics), timer, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    wall_s = time.perf_counter() - begin
+    step = trainer.state.global_step
+    if stop.received is not None and step < trainer.state.max_steps:
+        raise Interrupted(stop.received, step)
+    _save_adapter(trainer, folder.adapter)
+    record = _record(config, trainer, n_base, folder, timer.median_ms, wall_s)
+    if trainer.is_world_process_zero():
+        write_record(record, folder.record)
+        loss_curve([record], folder.loss_curve)
+    return record
+
+
+def _with_adapter(
+    method: PeftConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, examples: Examples
+) -> PeftModel:
+    """PEFT's errors about the model (no module matched, shapes) are about the user's settings."""
+    try:
+        prepare_gradient_start(method, model, tokenizer, args, examples)
+        return get_peft_model(model, method)
+    except KrontuneError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _save_adapter(trainer: SFTTrainer, adapter: Path) -> None:
+    """Save the adapter and its tokenizer, whole or not at all. All processes take part, the first one writes."""
+    partial = adapter.with_name(".adapter.partial")
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, and config.yaml says the same
+        if adapter.exists():
+            shutil.rmtree(adapter)
+        partial.replace(adapter)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _record(
+    config: RunConfig, trainer: SFTTrainer, n_base: int, folder: RunFolder, step_ms: float, wall_s: float
+) -> RunRecord:
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return RunRecord(
+        name=config.output.name,
+        method=config.method.name.lower(),
+        settings=config.method.settings,
+        model=config.model.path,
+        seed=config.seed,
+        learning_rate=trainer.args.learning_rate,
+        n_trainable=trainer.get_num_trainable_parameters(),
+        n_base=n_base,
+        adapter_bytes=folder_bytes(folder.adapter, "*.safetensors"),
+        steps=trainer.state.global_step,
+        step_ms=step_ms,
+        wall_s=wall_s,
+        loss=final_loss(history),
+        scores={"eval_loss": evaluated[-1]} if evaluated else {},
+        history=history,
+        environment=environment(),
+    )
