@@ -1,0 +1,117 @@
+"""Tiny models, built from configs in memory, and the two methods to run them with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tests.tuners.helpers import METHODS, VARIANTS
+
+VOCAB = 96
+
+
+def _build(auto_class: Any, config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    build = getattr(auto_class, "from_config", auto_class)
+    model: PreTrainedModel = build(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the usual std of 0.02 makes every output nearly the same
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def _models() -> dict[str, PreTrainedModel]:
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llama = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        **tokens,
+    }
+    gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=2, n_positions=64, **tokens)
+    t5 = T5Config(
+        vocab_size=VOCAB, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, **tokens
+    )
+    bert = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+        max_position_embeddings=64,
+    )
+    return {
+        "llama": _build(AutoModelForCausalLM, LlamaConfig(**llama, tie_word_embeddings=False)),
+        "tied": _build(AutoModelForCausalLM, LlamaConfig(**llama, tie_word_embeddings=True)),
+        "gpt2": _build(AutoModelForCausalLM, gpt2),
+        "t5": _build(T5ForConditionalGeneration, t5),
+        "bert": _build(AutoModelForSequenceClassification, bert),
+    }
+
+
+@pytest.fixture
+def tiny(_models: dict[str, PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """tiny("llama", dtype): a fresh copy of a tiny model."""
+
+    def copy_of(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return copy.deepcopy(_models[name]).to(dtype)
+
+    return copy_of
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Three rows of tokens, with labels for a causal LM."""
+    ids = torch.randint(3, VOCAB, (3, 10), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """The config class of each method, with small sizes as defaults."""
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Config classes with every setting that changes the update."""
+    return VARIANTS[request.param]
+
+
+class TinyNet(nn.Module):
+    """One layer, named "layer", between an input and a mean: anything that PEFT can wrap."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.fixture
+def net() -> Callable[[nn.Module], TinyNet]:
+    """net(layer): a model that is this layer alone."""
+    return TinyNet
