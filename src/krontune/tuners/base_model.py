@@ -69,18 +69,38 @@ class KronModel(_peft.BaseTuner):
         if config.train_norms:
             names = norm_names(model)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
+        children = [(module, dict(module._modules)) for module in model.modules()]
         trainable = [(p, p.requires_grad) for p in model.parameters()]
-        self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._targets: dict[str, KronLayer] = {}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._fill(config, adapter_name)
-        except Exception:
-            self._undo(adapter_name, trainable)
+        except BaseException:  # Ctrl-C during a long KPSVD, too
+            self._undo(adapter_name, children, trainable)
             raise
         finally:
-            del self._wrapped, self._targets
+            del self._targets
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        """target_parameters alone are enough for an architecture that has no default target_modules, as with LoRA."""
+        if peft_config.target_parameters and model_config.get("model_type") not in self.target_module_mapping:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_new_adapter_config(self, config: KronConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            both = other.target_parameters and config.target_parameters
+            if both and set(other.target_parameters) != set(config.target_parameters):
+                raise ConfigError(
+                    f"target_parameters={config.target_parameters} differ from {other.target_parameters} of the adapter "
+                    f"{name!r}. The wrappers of parameters nest, so all adapters must have the same ones."
+                )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace, and no more: PEFT's own also copies `weight`, which a module of experts does not have."""
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,
@@ -96,12 +116,15 @@ class KronModel(_peft.BaseTuner):
         if not isinstance(target, KronLayer) or (parameter_name and target.weight_name != parameter_name):
             cls = self.wrapper_class if parameter_name else self.layer_class
             layer = cls(target, current_key, parameter_name, **_peft.get_quantization_kwargs(self.model))
-            self._wrapped.append((parent, target_name, target))
             self._replace_module(parent, target_name, layer, target)
             target = layer
         if parameter_name:
             current_key = re.sub(r"\.base_layer(?=\.|$)", "", current_key)
         self._targets[current_key] = target
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in another's place. PEFT's own also assigns `weight`, which a saved head of several layers lacks."""
+        setattr(parent, child_name, new_module)
 
     def _fill(self, config: KronConfig, adapter_name: str) -> None:
         """Phase two: sizes, start and factors of every module that was matched."""
@@ -143,13 +166,21 @@ class KronModel(_peft.BaseTuner):
                     "model again, or leave the module out with exclude_modules."
                 )
 
-    def _undo(self, adapter_name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+    def _undo(
+        self,
+        adapter_name: str,
+        children: list[tuple[nn.Module, dict[str, nn.Module | None]]],
+        trainable: list[tuple[nn.Parameter, bool]],
+    ) -> None:
         """Leave the model as it was before a failed injection."""
-        for parent, name, target in reversed(self._wrapped):
-            setattr(parent, name, target)
         for layer in self._targets.values():
             if adapter_name in layer.specs:
                 layer.delete_adapter(adapter_name)
+        for module, before in children:
+            module._modules.clear()
+            module._modules.update(before)
+            if isinstance(module, _peft.AuxiliaryTrainingWrapper):
+                module._adapters.discard(adapter_name)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         self.peft_config.pop(adapter_name, None)
