@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.10 python3.14 python3)
 OLDEST_PEFT := 0.20.0
+# PEFT 0.20 imports names that torchao 0.18 removed, so its own VeRA and MiSS fail beside 0.18 too.
+OLDEST_PEFT_TORCHAO := 0.17.0
 PINS := pyproject.toml constraints.txt requirements-models.txt
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 
@@ -41,7 +43,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The older PEFT lies in a folder of its own, before the newer one on the path; nothing else differs.
+# The older PEFT and torchao lie in a folder of their own, before the newer ones on the path; nothing else differs.
 test-oldest-peft: export PYTHONPATH := $(CURDIR)/$(VENV)/peft-$(OLDEST_PEFT)
 test-oldest-peft: $(VENV)/peft-$(OLDEST_PEFT)/.installed
 	$(BIN)/python -c 'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__version__'
@@ -71,6 +73,6 @@ $(VENV)/.demo $(VENV)/.test: $(PINS) | $(VENV)/.created
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/peft-$(OLDEST_PEFT)/.installed: $(VENV)/.test
-	$(PIP_INSTALL) --no-deps --upgrade --target $(@D) peft==$(OLDEST_PEFT)
+$(VENV)/peft-$(OLDEST_PEFT)/.installed: Makefile $(VENV)/.test
+	$(PIP_INSTALL) --no-deps --upgrade --target $(@D) peft==$(OLDEST_PEFT) torchao==$(OLDEST_PEFT_TORCHAO)
 	@touch $@

@@ -78,6 +78,13 @@ def imports(source: Path) -> list[str]:
     return plain + [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
 
 
+def test_every_package_has_its_place_in_the_layers() -> None:
+    contracts = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.importlinter]")[1]
+    packages = [f"krontune.{init.parent.name}" for init in (ROOT / "src" / "krontune").glob("*/__init__.py")]
+    assert len(packages) > 2
+    assert [name for name in packages if name not in contracts] == []
+
+
 def test_only_one_file_reaches_inside_peft() -> None:
     """import-linter sees a library as a whole, so it cannot tell `peft` from its inner modules."""
     allowed = ROOT / "src" / "krontune" / "tuners" / "_peft.py"
