@@ -1,0 +1,294 @@
+"""From a model and a budget to an adapter config, with its costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from torch import nn
+
+from krontune.errors import ConfigError
+from krontune.kron import FactorShape
+from krontune.plan.amounts import parse_amount
+from krontune.plan.budget import even_ranks, lsr_ranks
+from krontune.plan.cost import TRAINING_BYTES, LoraSpec, ModulePlan
+from krontune.plan.targets import Match, Target, base_weights, find_targets, rank_pattern
+from krontune.report.files import write_json
+from krontune.tuners import LsrConfig, SokaConfig
+
+METHODS = ("lsr", "soka", "lora")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An adapter that fits a budget: the config that realises it, and what it costs module by module."""
+
+    method: str
+    config: PeftConfig
+    modules: list[ModulePlan]
+    tokens: int  # rows of the activations that the costs are given for
+    base_params: int
+    base_macs: int  # multiply-adds a token of the base's linear layers
+    n_other: int = 0  # parameters trained beside the updates: heads, norms, biases
+    budget: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def n_params(self) -> int:
+        """Trained parameters of the updates: what the budget is for."""
+        return sum(module.n_params for module in self.modules)
+
+    @property
+    def n_trainable(self) -> int:
+        """All trained parameters, heads and norms included."""
+        return self.n_params + self.n_other
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the adapter's tensors on disk, float32."""
+        return sum(module.n_bytes for module in self.modules) + 4 * self.n_other
+
+    @property
+    def macs(self) -> float:
+        """Multiply-adds a token of all updates."""
+        return sum(module.macs(self.tokens) for module in self.modules)
+
+    @property
+    def training_bytes(self) -> dict[str, int]:
+        """Bytes that training takes beside the base model and the activations, by what holds them."""
+        memory = {name: size * self.n_trainable for name, size in TRAINING_BYTES.items()}
+        frozen = sum(module.n_frozen for module in self.modules)
+        return memory | ({"frozen start": 4 * frozen} if frozen else {})
+
+    def kinds(self) -> list[list[ModulePlan]]:
+        """The modules in groups of one kind and one set of sizes, in the model's order."""
+        groups: dict[Any, list[ModulePlan]] = {}
+        for module in self.modules:
+            groups.setdefault((module.target.kind, module.spec), []).append(module)
+        return list(groups.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON-ready values."""
+        return {
+            "method": self.method,
+            "budget": self.budget,
+            "n_params": self.n_params,
+            "n_trainable": self.n_trainable,
+            "share_of_base": self.n_params / self.base_params,
+            "n_bytes": self.n_bytes,
+            "macs_per_token": self.macs,
+            "share_of_base_macs": self.macs / self.base_macs,
+            "training_bytes": self.training_bytes,
+            "tokens": self.tokens,
+            "notes": self.notes,
+            "kinds": [_kind_record(group, self.tokens) for group in self.kinds()],
+            "config": config_dict(self.config),
+        }
+
+    def save(self, path: str | Path, force: bool = False) -> Path:
+        """Write the config as a file that get_peft_model and `krontune train` take.
+
+        Args:
+            path: the file, or a folder for an adapter_config.json.
+            force: overwrite what is there.
+
+        Raises:
+            ConfigError: the file exists and force is not set.
+        """
+        file = Path(path)
+        if file.suffix != ".json":
+            file = file / "adapter_config.json"
+        if file.exists() and not force:
+            raise ConfigError(f"{file} exists. Choose another name, or overwrite it with --force (force=True).")
+        write_json(file, config_dict(self.config))
+        return file
+
+
+def plan(
+    model: nn.Module,
+    method: str = "lsr",
+    budget: int | str | None = None,
+    *,
+    r: int | None = None,
+    separation_rank: int | None = None,
+    factor_shape: FactorShape = "auto",
+    tokens: int = 2048,
+    name: str | None = None,
+    ranks: Sequence[int] | None = None,
+    match: Match | None = None,
+    **matching: Any,
+) -> Plan:
+    """Choose ranks for a budget, and say what the adapter costs.
+
+    Works on shapes alone: a model on the meta device is enough.
+
+    Args:
+        model: the base model.
+        method: "lsr", "soka" or "lora".
+        budget: trained parameters of the updates, such as 990000, "0.99M" or "0.5%" of the base; None plans the given or
+            default ranks.
+        r: a rank to keep: LSR's and LoRA's rank, SoKA's number of terms.
+        separation_rank: LSR's s to keep.
+        factor_shape: SoKA's; an int is p.
+        tokens: tokens a step, for the costs.
+        name: base_model_name_or_path of the config.
+        ranks: SoKA's number of terms for each module, where something better than shapes chose them.
+        match: what find_targets found for `matching`, to save its time.
+        matching: target_modules and its like, as find_targets takes them.
+
+    Returns:
+        A Plan whose parameter counts are exactly those of the adapter; with a budget, at or under it.
+
+    Raises:
+        ConfigError: an unknown method, settings that leave nothing to choose, or a budget below the least possible.
+
+    >>> from transformers import LlamaConfig
+    >>> from krontune.weights import meta_model
+    >>> made = plan(meta_model(LlamaConfig()), "lsr", "0.99M")  # LLaMA2-7B: q_proj and v_proj of 32 layers
+    >>> made.config.r, made.config.separation_rank, made.n_params
+    (25, 12, 983040)
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}.")
+    targets, n_other = match or find_targets(model, **matching)
+    base_params = sum(p.numel() for p in model.parameters())
+    limit = None if budget is None else parse_amount(budget, whole=base_params)
+    if limit is not None and r is not None and (method != "lsr" or separation_rank is not None):
+        raise ConfigError("with these ranks given, the budget has nothing left to choose. Leave one of them out.")
+    if separation_rank is not None and method != "lsr":
+        raise ConfigError(f"separation_rank is LSR's; method {method!r} has none.")
+    if factor_shape != "auto" and method != "soka":
+        raise ConfigError(f"factor_shape (p) is SoKA's; method {method!r} has none.")
+    common = {**matching, "base_model_name_or_path": name}
+    if method == "lsr":
+        config, modules = _plan_lsr(targets, limit, r, separation_rank, common)
+    elif method == "soka":
+        config, modules = _plan_soka(targets, limit, r, factor_shape, ranks, common)
+    else:
+        config, modules = _plan_lora(targets, limit, r, common)
+    notes = _notes(modules, limit)
+    return Plan(method, config, modules, tokens, base_params, base_weights(model), n_other, limit, notes)
+
+
+def _plan_lsr(
+    targets: list[Target], budget: int | None, r: int | None, s: int | None, common: dict[str, Any]
+) -> tuple[PeftConfig, list[ModulePlan]]:
+    default = LsrConfig()
+    if budget is None:
+        s, ranks = s or default.separation_rank, [r or default.r] * len(targets)
+    else:
+        unit = LsrConfig(separation_rank=1)
+
+        def cost(rank: int) -> list[int]:
+            return [unit.spec_for(t.m, t.n, rank, t.experts).n_params for t in targets]
+
+        s, ranks = lsr_ranks(cost, sum(LoraSpec(1, t.m, t.n, t.experts).n_params for t in targets), budget, r, s)
+    common_rank = _most_common(ranks)
+    pattern = rank_pattern(targets, ranks, common_rank)
+    config = LsrConfig(r=common_rank, separation_rank=s, rank_pattern=pattern, **common)
+    return config, [ModulePlan(t, config.spec_for(t.m, t.n, k, t.experts)) for t, k in zip(targets, ranks)]
+
+
+def _plan_soka(
+    targets: list[Target],
+    budget: int | None,
+    r: int | None,
+    factor_shape: FactorShape,
+    ranks: Sequence[int] | None,
+    common: dict[str, Any],
+) -> tuple[PeftConfig, list[ModulePlan]]:
+    shapes = SokaConfig(r=1, factor_shape=factor_shape)
+    units = [shapes.spec_for(t.m, t.n, 1, t.experts, t.name) for t in targets]
+    if ranks is None:
+        caps = [unit.shape.max_terms for unit in units]
+        if budget is None:
+            ranks = [min(r or SokaConfig().max_r, cap) for cap in caps]
+        else:
+            ranks = even_ranks([unit.n_params for unit in units], budget, caps)
+    common_rank = _most_common(ranks)
+    pattern = rank_pattern(targets, ranks, common_rank)
+    config = SokaConfig(r=common_rank, factor_shape=factor_shape, rank_pattern=pattern, **common)
+    return config, [ModulePlan(t, shapes.spec_for(t.m, t.n, k, t.experts, t.name)) for t, k in zip(targets, ranks)]
+
+
+def _plan_lora(
+    targets: list[Target], budget: int | None, r: int | None, common: dict[str, Any]
+) -> tuple[PeftConfig, list[ModulePlan]]:
+    if budget is None:
+        ranks = [r or LoraConfig().r] * len(targets)
+    else:
+        units = [LoraSpec(1, t.m, t.n, t.experts).n_params for t in targets]
+        ranks = even_ranks(units, budget, [min(t.m, t.n) for t in targets])
+    common_rank = _most_common(ranks)
+    pattern = rank_pattern(targets, ranks, common_rank)
+    if common.pop("train_norms", False):
+        raise ConfigError("train_norms is krontune's; for a LoRA name the norms in modules_to_save.")
+    # lora_alpha = r for every module: a scale of 1 whatever the rank
+    config = LoraConfig(r=common_rank, lora_alpha=common_rank, rank_pattern=pattern, alpha_pattern=dict(pattern), **common)
+    return config, [ModulePlan(t, LoraSpec(k, t.m, t.n, t.experts)) for t, k in zip(targets, ranks)]
+
+
+def _most_common(ranks: Sequence[int]) -> int:
+    """The rank of most modules; of two as common, the lower."""
+    counts = Counter(ranks)
+    return min(counts, key=lambda rank: (-counts[rank], rank))
+
+
+def _notes(modules: list[ModulePlan], budget: int | None) -> list[str]:
+    """What a person should know about this plan."""
+    notes = []
+    used = sum(module.n_params for module in modules)
+    if budget is not None and used < 0.98 * budget:
+        notes.append(
+            f"{used / budget:.1%} of the budget is used: the next step up does not fit. Leave r and separation_rank out, "
+            "or change the budget, to come closer."
+        )
+    wasteful = [m for m in modules if m.n_params > LoraSpec(m.spec.r, m.target.m, m.target.n, m.target.experts).n_params]
+    if wasteful and not isinstance(modules[0].spec, LoraSpec) and hasattr(wasteful[0].spec, "separation_rank"):
+        notes.append(
+            f"{len(wasteful)} of {len(modules)} modules have more parameters than the LoRA of their rank, which can do at "
+            "least as much. Lower separation_rank or raise r."
+        )
+    prime = sorted({m.target.kind for m in modules if _has_no_structure(m)})
+    if prime:
+        notes.append(f"a factor of 1 in {', '.join(prime)}: the size does not split, so the term has no structure there.")
+    return notes
+
+
+def _has_no_structure(module: ModulePlan) -> bool:
+    spec = module.spec
+    if isinstance(spec, LoraSpec):
+        return False
+    sizes = (*spec.left, *spec.right) if hasattr(spec, "left") else (*spec.in_factors, *spec.out_factors)
+    return 1 in sizes
+
+
+def _kind_record(group: list[ModulePlan], tokens: int) -> dict[str, Any]:
+    first = group[0]
+    return {
+        "kind": first.target.kind,
+        "modules": [module.target.name for module in group],
+        "weight": [first.target.m, first.target.n],
+        "experts": first.target.experts,
+        "r": first.spec.r,
+        "separation_rank": getattr(first.spec, "separation_rank", None),
+        "factors": first.factors,
+        "n_params": sum(module.n_params for module in group),
+        "n_bytes": sum(module.n_bytes for module in group),
+        "macs_per_token": sum(module.macs(tokens) for module in group),
+        "path": first.path(tokens),
+    }
+
+
+def config_dict(config: PeftConfig) -> dict[str, Any]:
+    """What PEFT writes into adapter_config.json."""
+    values = config.to_dict()
+    values.pop("runtime_config", None)
+    return {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in sorted(values.items())
+    }

@@ -1,0 +1,253 @@
+"""KPSVD spectra of a model's weights, read one at a time, with a cache that survives interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from krontune.errors import CheckpointError, ConfigError, ShapeError
+from krontune.kron import FactorShape, KronShape, nearest_kron, resolve_shape, select_rank
+from krontune.kron.sorting import channel_order
+from krontune.plan.targets import Target
+from krontune.tuners.checkpoint import fingerprint
+from krontune.tuners.hosts import host_of
+from krontune.weights import Weights
+
+#: Numbers of terms at which the share of the energy is reported.
+ENERGY_AT = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The top of one weight's KPSVD spectrum for one factor shape."""
+
+    name: str
+    kind: str
+    layer: int | None  # the first index in the name
+    label: str  # the factor shape as it was asked for: "auto", "square", "p=4", "(64, 64)"
+    shape: KronShape
+    channel_sort: str | None
+    experts: int | None
+    energy: float  # ||W||_F^2
+    sigma: list[float]
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of a term."""
+        return self.shape.n_params * (self.experts or 1)
+
+    def share(self, k: int) -> float:
+        """The share of the energy that the first k terms hold."""
+        return sum(s * s for s in self.sigma[:k]) / self.energy if self.energy else 0.0
+
+    @property
+    def noise_edge(self) -> float:
+        """The largest singular value that noise of the residual's variance would have: sigma above it is structure.
+
+        sqrt(v) * (sqrt(p) + sqrt(q)) for R(W) of (p, q), v the mean square of what the computed terms leave.
+        """
+        p, q = self.shape.m1 * self.shape.n1, self.shape.m2 * self.shape.n2
+        left = max(self.energy - sum(s * s for s in self.sigma), 0.0)
+        entries = max(p * q - len(self.sigma) * (p + q), 1) * (self.experts or 1)
+        return math.sqrt(left / entries * (self.experts or 1)) * (math.sqrt(p) + math.sqrt(q))
+
+    def to_dict(self, rule: str = "spectrum", theta: float = 0.9, k_max: int | None = None) -> dict[str, Any]:
+        """Everything about it, with the rank that a rule chooses, as JSON-ready values."""
+        sigma, edge = torch.tensor(self.sigma, dtype=torch.float64), self.noise_edge
+        choice = select_rank(sigma, self.energy, rule, theta, k_max=k_max)
+        return {
+            **asdict(self),
+            "shape": list(self.shape),
+            "n_params_per_term": self.n_params,
+            "share_at": {str(k): self.share(k) for k in ENERGY_AT if k <= len(self.sigma)},
+            "noise_edge": edge,
+            "above_noise": sum(s > edge for s in self.sigma),
+            "energy_rank": choice.energy_rank,
+            "elbow_rank": choice.elbow_rank,
+            "elbow_strength": choice.elbow_strength,
+            "rank": choice.rank,
+            "reason": choice.reason,
+        }
+
+
+def shape_label(setting: FactorShape) -> str:
+    """How a factor shape setting is shown."""
+    if isinstance(setting, int):
+        return f"p={setting}"
+    return setting if isinstance(setting, str) else f"({setting[0]}, {setting[1]})"
+
+
+def parse_shapes(text: str) -> list[FactorShape]:
+    """Factor shapes from a command line.
+
+    >>> parse_shapes("auto,1,64x32,square")
+    ['auto', 1, (64, 32), 'square']
+
+    Raises:
+        ConfigError: none of these forms.
+    """
+    shapes: list[FactorShape] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part in ("auto", "square"):
+            shapes.append(part)  # type: ignore[arg-type]
+        elif re.fullmatch(r"\d+", part):
+            shapes.append(int(part))
+        elif re.fullmatch(r"\d+x\d+", part):
+            left, right = part.split("x")
+            shapes.append((int(left), int(right)))
+        else:
+            raise ConfigError(f"{part!r} is not a factor shape. Allowed: auto, square, a number p, or MxN for A's shape.")
+    if not shapes:
+        raise ConfigError("no factor shape is given. Allowed: auto, square, a number p, or MxN for A's shape.")
+    return shapes
+
+
+def spectrum(
+    weights: Weights,
+    model: nn.Module,
+    targets: Sequence[Target],
+    shapes: Sequence[FactorShape] = ("auto",),
+    k: int = 32,
+    *,
+    channel_sort: str | None = None,
+    cache: str | Path | None = None,
+    progress: Callable[[Iterable[Target]], Iterable[Target]] = iter,
+) -> list[Spectrum]:
+    """The KPSVD spectra of the targets' weights. One weight is in memory at a time.
+
+    Args:
+        weights: where to read them.
+        model: the modules, on the meta device say; how a layer keeps its weight is looked up there.
+        targets: which weights.
+        shapes: factor shapes; one that does not divide a weight is left out for that weight.
+        k: terms to compute.
+        channel_sort: "svd" or "norm": also the spectra of the weights with sorted channels.
+        cache: a file of what is already computed, read first and extended after every weight.
+        progress: wraps the targets, for a progress bar.
+
+    Returns:
+        One Spectrum for each weight, shape and order that exists, in this order.
+
+    Raises:
+        ConfigError: NaN or Inf in a weight, an unknown order, or no shape that fits anything.
+        CheckpointError: a weight is missing.
+    """
+    if k < 1:
+        raise ConfigError(f"k is {k}; at least 1 term is needed.")
+    done = _Cache(None if cache is None else Path(cache))
+    orders = [None] if channel_sort is None else [None, channel_sort]
+    found = []
+    for target in progress(targets):
+        wanted = [(s, shape) for s in shapes if (shape := _fitting(target, s)) is not None]
+        W = read_matrix(weights, model, target)
+        digest = fingerprint(W, "")["digest"]
+        for order in orders:
+            for setting, shape in wanted:
+                key = _key(target, shape, k, order, digest)
+                if key not in done:
+                    done[key] = _compute(W, shape, k, order, target.name)
+                entry = done[key]
+                found.append(
+                    Spectrum(
+                        target.name,
+                        target.kind,
+                        target.indices[0] if target.indices else None,
+                        shape_label(setting),
+                        shape,
+                        order,
+                        target.experts,
+                        entry["energy"],
+                        entry["sigma"],
+                    )
+                )
+    if not found:
+        raise ConfigError(f"none of the factor shapes {[shape_label(s) for s in shapes]} divides any of the weights.")
+    return found
+
+
+def read_matrix(weights: Weights, model: nn.Module, target: Target) -> Tensor:
+    """A target's weight as the tuners see it: (m, n) or (experts, m, n), float32.
+
+    Raises:
+        CheckpointError: the files have no such weight.
+    """
+    known = set(weights.names())
+    module_name, parameter = target.name, None
+    if f"{target.name}.weight" not in known:
+        module_name, _, parameter = target.name.rpartition(".")
+    stored = f"{target.name}.weight" if parameter is None else target.name
+    if stored not in known:
+        raise CheckpointError(
+            f"the model's files have no tensor {stored!r}. They keep this weight under another name; "
+            "save the loaded model with save_pretrained first."
+        )
+    host = host_of(model.get_submodule(module_name), module_name, False, parameter)
+    return host.to_matrix(weights.read(stored)).float()
+
+
+def _fitting(target: Target, setting: FactorShape) -> KronShape | None:
+    try:
+        return resolve_shape(target.m, target.n, setting, target.name)
+    except ShapeError:
+        return None
+
+
+def _compute(W: Tensor, shape: KronShape, k: int, order: str | None, name: str) -> dict[str, Any]:
+    """{"energy", "sigma"} of one matrix, or of all experts' together: their terms are counted as one."""
+    energy, squares = 0.0, torch.zeros(0, dtype=torch.float64)
+    for matrix in W if W.dim() == 3 else [W]:
+        if order is not None:
+            rows, cols = channel_order(matrix, order)
+            matrix = matrix[rows][:, cols]
+        try:
+            top = nearest_kron(matrix, shape, k)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        energy += top.energy
+        squares = top.sigma.double().square() + (squares if len(squares) else 0.0)
+    return {"energy": energy, "sigma": squares.sqrt().tolist()}
+
+
+def _key(target: Target, shape: KronShape, k: int, order: str | None, digest: str | None) -> str:
+    text = json.dumps([target.name, target.experts, list(shape), k, order, digest])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+class _Cache:
+    """Entries by key, in a file of one JSON line each, written as they come: an interruption loses one at most."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._entries = dict(_read_lines(file)) if file is not None and file.is_file() else {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._entries[key]
+
+    def __setitem__(self, key: str, entry: dict[str, Any]) -> None:
+        self._entries[key] = entry
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **entry}) + "\n")
+
+
+def _read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The whole lines of a cache; a last one that was cut short is passed over."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            yield entry["key"], {"energy": float(entry["energy"]), "sigma": [float(s) for s in entry["sigma"]]}
+        except (ValueError, KeyError, TypeError):
+            continue
