@@ -1,0 +1,264 @@
+"""The process that runs one program: it starts it confined, watches its limits, and leaves nothing of it behind.
+
+    krontune -> supervisor -> first -> program -> whatever the program starts
+
+`first` is the first process of a process-id namespace, where there is one: when it ends, the kernel kills all that is
+left in there. Where there is none, orphans come back to the supervisor, which kills them one by one.
+
+The request comes as JSON on standard input, the outcome leaves as JSON on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from . import confine
+
+POLL_S = 0.02
+FOLDER_POLL_S = 0.2
+KEPT_BYTES = 8192  # of the end of the output
+KILL_DEADLINE_S = 10.0
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Serve one request."""
+    confine.die_with_parent(signal.SIGTERM)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, lambda *_: sys.exit(1))
+    print(json.dumps(run(json.load(sys.stdin))))
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Run the program of a request (see api.py) and say how it ended."""
+    confine.adopt_orphans()
+    missing = confine.missing()
+    in_namespace = confine.new_namespaces()
+    if not in_namespace:
+        missing.append("namespaces (processes)")
+    if missing and not request["allow_weaker"]:
+        return {"missing": missing}
+    output, its_output = os.pipe()
+    status, its_status = os.pipe()
+    first = os.fork()
+    if first == 0:
+        os.close(output)
+        os.close(status)
+        _first(request, its_output, its_status, in_namespace, missing)
+    os.close(its_output)
+    os.close(its_status)
+    watch = Watch(request, first, output)
+    try:
+        ended = watch.until_end(status)
+    finally:
+        leftover = kill_all(first)
+    watch.read()
+    report = os.read(status, 4096).decode()
+    if report.startswith("error"):
+        return {"error": report}
+    return {
+        "status": ended,
+        "returncode": int(report) if report else -int(signal.SIGKILL),
+        "output": bytes(watch.tail).decode("utf-8", "replace"),
+        "seconds": watch.seconds,
+        "leftover": leftover,
+        "missing": missing,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the processes inside
+
+
+def _first(request: dict[str, Any], output: int, status: int, in_namespace: bool, missing: list[str]) -> NoReturn:
+    """Start the program, reap whatever ends, and report how the program ended."""
+    try:
+        confine.die_with_parent(signal.SIGKILL)
+        os.setsid()
+        program = os.fork()
+        if program == 0:
+            _program(request, output, status, in_namespace, missing)
+        os.close(output)
+        while True:
+            pid, ended = os.wait()
+            if pid == program:
+                break
+        os.write(status, str(os.waitstatus_to_exitcode(ended)).encode())
+    finally:
+        os._exit(0)
+
+
+def _program(request: dict[str, Any], output: int, status: int, in_namespace: bool, missing: list[str]) -> NoReturn:
+    """Become the program: give everything up, then start the interpreter anew."""
+    try:
+        work = request["work"]
+        os.chdir(work)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.set_inheritable(status, False)
+        confine.limit_resources(request["memory_bytes"], int(request["seconds"]) + 2, request["folder_bytes"])
+        confine.drop_privileges()
+        if not any(name.startswith("Landlock") for name in missing):
+            confine.restrict_files(readable(), work)
+        if not any(name.startswith("seccomp") for name in missing):
+            confine.filter_system_calls(signals=in_namespace)
+        environment = {"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+        interpreter = os.path.realpath(sys.executable)
+        os.execve(interpreter, [interpreter, "-I", "-S", "-B", "program.py"], environment)
+    except BaseException as error:
+        os.write(status, f"error: {error}".encode())
+    finally:
+        os._exit(1)
+
+
+def readable() -> list[str]:
+    """What an interpreter with its standard library reads."""
+    libraries = [
+        "/usr/lib",
+        "/usr/lib64",
+        "/lib",
+        "/lib64",
+        "/usr/local/lib",
+        "/usr/bin",
+        "/bin",
+        "/usr/share/zoneinfo",
+    ]
+    return [os.path.realpath(sys.base_prefix), *libraries, "/etc/ld.so.cache", "/etc/localtime"]
+
+
+# --------------------------------------------------------------------------------------------------------- the watching
+
+
+class Watch:
+    """The limits that the kernel does not keep by itself: wall time, and the sums over all processes and files."""
+
+    def __init__(self, request: dict[str, Any], first: int, output: int) -> None:
+        self.request = request
+        self.first = first
+        self.output = output
+        self.tail = bytearray()
+        self.n_bytes = 0
+        self.begin = time.monotonic()
+        self.seconds = 0.0
+        self._folder_due = FOLDER_POLL_S
+        os.set_blocking(output, False)
+
+    def until_end(self, status: int) -> str:
+        """Wait for the program to end ("exit") or to go over a limit (its name)."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.output, selectors.EVENT_READ)
+            selector.register(status, selectors.EVENT_READ)
+            due = 0.0
+            while True:
+                ready = {key.fd for key, _ in selector.select(POLL_S)}
+                self.seconds = time.monotonic() - self.begin
+                if self.output in ready and not self.read():
+                    selector.unregister(self.output)  # closed by the program, which may go on
+                if status in ready:
+                    return "exit"
+                if self.n_bytes > self.request["output_bytes"]:
+                    return "output"
+                if self.seconds >= due:
+                    due = self.seconds + POLL_S
+                    if over := self.over():
+                        return over
+
+    def read(self) -> bool:
+        """Take what output there is; False at its end."""
+        while True:
+            try:
+                data = os.read(self.output, 65536)
+            except BlockingIOError:
+                return True
+            self.n_bytes += len(data)
+            self.tail = (self.tail + data)[-KEPT_BYTES:]
+            if not data or self.n_bytes > self.request["output_bytes"]:
+                return bool(data)
+
+    def over(self) -> str | None:
+        """The limit that is broken now, if one is."""
+        if self.seconds > self.request["seconds"]:
+            return "time"
+        pids = [pid for pid in descendants(os.getpid()) if pid != self.first]
+        if len(pids) > self.request["processes"]:
+            return "processes"
+        if sum(map(resident_bytes, pids)) > self.request["memory_bytes"]:
+            return "memory"
+        if self.seconds >= self._folder_due:
+            self._folder_due = self.seconds + FOLDER_POLL_S
+            if larger_than(self.request["work"], self.request["folder_bytes"]):
+                return "files"
+        return None
+
+
+def descendants(root: int) -> list[int]:
+    """The processes below `root`, without itself, by the parents that /proc names."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+            except OSError:
+                continue  # it has ended since
+            children.setdefault(parent, []).append(int(name))
+    found, queue = [], [root]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process, what it shares with others included; 0 once it has ended."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def larger_than(folder: str, most: int) -> bool:
+    """Whether a folder's files, at a page an entry at least, sum up to more than `most` bytes."""
+    total, queue = 0, [folder]
+    while queue:
+        try:
+            with os.scandir(queue.pop()) as entries:
+                for entry in entries:
+                    total += PAGE + entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        queue.append(entry.path)
+        except (FileNotFoundError, PermissionError):
+            continue
+        except OSError:
+            return True  # nested so deeply that it has no path any more
+        if total > most:
+            return True
+    return False
+
+
+def kill_all(first: int) -> int:
+    """Kill `first` and every process below this one, and wait for them; the number that could not be killed."""
+    give_up = time.monotonic() + KILL_DEADLINE_S
+    targets = [first]
+    while True:
+        for pid in targets:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return 0
+        targets = descendants(os.getpid())
+        if time.monotonic() > give_up:
+            return len(targets)
+        time.sleep(0.001)
