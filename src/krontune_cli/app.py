@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from krontune_cli import demo, train
+from krontune_cli import demo, plan, train
 
 app = typer.Typer(
     name="krontune",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("train")(train.command)
 app.command("demo")(demo.command)
+app.command("plan")(plan.command)
 
 
 def _version(wanted: bool) -> None:

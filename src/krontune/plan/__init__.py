@@ -6,6 +6,7 @@ from krontune.plan.cost import ModulePlan as ModulePlan
 from krontune.plan.planner import METHODS as METHODS
 from krontune.plan.planner import Plan as Plan
 from krontune.plan.planner import plan as plan
+from krontune.plan.planner import soka_ranks as soka_ranks
 from krontune.plan.spectra import Spectrum as Spectrum
 from krontune.plan.spectra import parse_shapes as parse_shapes
 from krontune.plan.spectra import spectrum as spectrum

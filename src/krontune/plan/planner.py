@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from krontune.errors import ConfigError
-from krontune.kron import FactorShape
+from krontune.kron import FactorShape, budget_ranks, resolve_shape
 from krontune.plan.amounts import parse_amount
-from krontune.plan.budget import even_ranks, lsr_ranks
+from krontune.plan.budget import even_ranks, lsr_ranks, too_small
 from krontune.plan.cost import TRAINING_BYTES, LoraSpec, ModulePlan
+from krontune.plan.spectra import spectrum
 from krontune.plan.targets import Match, Target, base_weights, find_targets, rank_pattern
 from krontune.report.files import write_json
 from krontune.tuners import LsrConfig, SokaConfig
+from krontune.weights import Weights
 
 METHODS = ("lsr", "soka", "lora")
+#: Terms of a weight's spectrum that a budget is shared out over, at most.
+MAX_TERMS = 64
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,11 @@ class Plan:
         return memory | ({"frozen start": 4 * frozen} if frozen else {})
 
     def kinds(self) -> list[list[ModulePlan]]:
-        """The modules in groups of one kind and one set of sizes, in the model's order."""
-        groups: dict[Any, list[ModulePlan]] = {}
+        """The modules in groups of one kind and one set of sizes; kinds in the model's order."""
+        kinds: dict[str, dict[Any, list[ModulePlan]]] = {}
         for module in self.modules:
-            groups.setdefault((module.target.kind, module.spec), []).append(module)
-        return list(groups.values())
+            kinds.setdefault(module.target.kind, {}).setdefault(module.spec, []).append(module)
+        return [group for kind in kinds.values() for group in kind.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON-ready values."""
@@ -292,3 +297,35 @@ def config_dict(config: PeftConfig) -> dict[str, Any]:
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in sorted(values.items())
     }
+
+
+def soka_ranks(
+    weights: Weights,
+    model: nn.Module,
+    targets: Sequence[Target],
+    budget: int,
+    factor_shape: FactorShape = "auto",
+    *,
+    cache: str | Path | None = None,
+    progress: Callable[[Iterable[Target]], Iterable[Target]] = iter,
+) -> list[int]:
+    """SoKA's number of terms for each weight under a budget, from the weights' own spectra.
+
+    A term is bought where it holds the most of its weight's energy for its parameters; see krontune.kron.budget_ranks.
+
+    Args:
+        weights, model, targets: as `spectrum` takes them.
+        budget: parameters in all.
+        factor_shape: SoKA's.
+        cache, progress: as `spectrum` takes them.
+
+    Raises:
+        ConfigError: the budget is below one term everywhere.
+    """
+    shapes = [resolve_shape(t.m, t.n, factor_shape, t.name) for t in targets]
+    units = [shape.n_params * (t.experts or 1) for shape, t in zip(shapes, targets)]
+    if budget < sum(units):
+        raise ConfigError(too_small(budget, sum(units), len(units)))
+    k = min(MAX_TERMS, max(32, 8 * budget // sum(units)))
+    found = spectrum(weights, model, targets, [factor_shape], k, cache=cache, progress=progress)
+    return budget_ranks([torch.tensor(s.sigma) for s in found], [s.energy for s in found], units, budget)
