@@ -1,13 +1,16 @@
 """Kronecker sums: products, nearest sums, separated representations and spectra. Imports torch alone."""
 
+from krontune.kron.cost import choose_path as choose_path
+from krontune.kron.cost import path_costs as path_costs
 from krontune.kron.kpsvd import Kpsvd as Kpsvd
 from krontune.kron.kpsvd import nearest_kron as nearest_kron
+from krontune.kron.linear import kron_delta_linear as kron_delta_linear
+from krontune.kron.linear import kron_linear as kron_linear
 from krontune.kron.lowrank import LowRank as LowRank
 from krontune.kron.lowrank import nearest_lowrank as nearest_lowrank
-from krontune.kron.product import PATHS as PATHS
-from krontune.kron.product import kron_delta_linear as kron_delta_linear
+from krontune.kron.paths import PATHS as PATHS
+from krontune.kron.product import delta_terms as delta_terms
 from krontune.kron.product import kron_embedding as kron_embedding
-from krontune.kron.product import kron_linear as kron_linear
 from krontune.kron.product import kron_sum as kron_sum
 from krontune.kron.rearrange import rearrange as rearrange
 from krontune.kron.rearrange import unrearrange as unrearrange

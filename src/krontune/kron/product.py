@@ -1,20 +1,21 @@
-"""Products with a sum of Kronecker terms: its dense value, and its action on activations and on token ids."""
+"""Products with a sum of Kronecker terms: its dense value, and its rows."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from krontune.errors import ConfigError, ShapeError
+from krontune.errors import ShapeError
 from krontune.kron.rearrange import unrearrange
 from krontune.kron.shapes import KronShape
 
-PATHS = ("b-first", "a-first", "b-fold", "merged")
-
 
 def sum_shape(A: Tensor, B: Tensor) -> KronShape:
-    """The shape of one term of the stacked factors A (..., K, m1, n1), B (..., K, m2, n2)."""
+    """The shape of one term of the stacked factors A (..., K, m1, n1), B (..., K, m2, n2).
+
+    Raises:
+        ShapeError: the factors do not belong together.
+    """
     if A.dim() < 3 or A.dim() != B.dim() or A.shape[:-2] != B.shape[:-2]:
         raise ShapeError(
             f"A is {tuple(A.shape)} and B is {tuple(B.shape)}; they must be (..., K, m1, n1) and (..., K, m2, n2) "
@@ -42,34 +43,21 @@ def kron_sum(A: Tensor, B: Tensor) -> Tensor:
     return unrearrange(A.flatten(-2).mT @ B.flatten(-2), shape)
 
 
-def kron_linear(x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, *, path: str = "auto") -> Tensor:
-    """x @ (weight + sum_k A_k (x) B_k)^T.
+def delta_terms(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """SoKA's update sum_k (A0_k + dA_k) (x) (B0_k + dB_k) - A0_k (x) B0_k as one sum of 2K terms.
+
+    Written as dA (x) B0 + (A0 + dA) (x) dB, which is exactly zero at dA = dB = 0 in every dtype.
 
     Args:
-        x: (..., n1*n2).
-        A: (K, m1, n1).
-        B: (K, m2, n2).
-        weight: (m1*m2, n1*n2), or None for the sum alone.
-        path: "b-first", "a-first", "b-fold", "merged", or "auto".
+        dA: (..., K, m1, n1), like A0.
+        dB: (..., K, m2, n2), like B0.
+        A0: the starting factors.
+        B0: the starting factors.
 
     Returns:
-        (..., m1*m2).
-
-    Raises:
-        ShapeError: sizes that do not fit together.
-        ConfigError: an unknown path.
+        A (..., 2K, m1, n1) and B (..., 2K, m2, n2), for `kron_sum` and `kron_embedding`.
     """
-    shape = sum_shape(A, B)
-    if x.shape[-1] != shape.n:
-        raise ShapeError(f"x is {tuple(x.shape)}; its last size must be n1*n2 = {shape.n}.")
-    if path not in (*PATHS, "auto"):
-        raise ConfigError(f"path {path!r} is unknown; allowed: auto, {', '.join(PATHS)}.")
-    if path == "merged":
-        dense = kron_sum(A, B)
-        return F.linear(x, dense if weight is None else weight + dense)
-    X = x.reshape(-1, shape.n1, shape.n2)
-    y = torch.einsum("kab,kcd,tbd->tac", A, B, X).reshape(*x.shape[:-1], shape.m)
-    return y if weight is None else F.linear(x, weight) + y
+    return torch.cat([dA, A0 + dA], -3), torch.cat([B0, dB], -3)
 
 
 def kron_embedding(ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -90,22 +78,3 @@ def kron_embedding(ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
     rows_A = A.permute(1, 2, 0)[i1]  # (T, n1, K)
     rows_B = B.permute(1, 0, 2)[i2]  # (T, K, n2)
     return (rows_A @ rows_B).reshape(*ids.shape, shape.n)
-
-
-def kron_delta_linear(
-    x: Tensor,
-    dA: Tensor,
-    dB: Tensor,
-    A0: Tensor,
-    B0: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    path: str = "auto",
-) -> Tensor:
-    """x @ (weight + scale * dW)^T + bias with SoKA's dW = sum_k dA_k (x) B0_k + (A0_k + dA_k) (x) dB_k."""
-    A, B = torch.cat([dA, A0 + dA]), torch.cat([B0, dB])
-    y = scale * kron_linear(x, A, B, path=path)
-    if weight is not None:
-        return F.linear(x, weight, bias) + y
-    return y if bias is None else y + bias

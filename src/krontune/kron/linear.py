@@ -1,0 +1,237 @@
+"""A frozen linear layer plus a Kronecker sum, in one differentiable operation that keeps only its inputs."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from krontune.errors import ConfigError, ShapeError
+from krontune.kron.autocast import to_compute, without_autocast
+from krontune.kron.cost import choose_path, prices_of
+from krontune.kron.paths import PATHS, Terms, apply_terms, merge_terms, merged_grads, terms_grads
+from krontune.kron.product import kron_sum, sum_shape
+
+_remembered_choice = lru_cache(maxsize=4096)(choose_path)
+
+
+def kron_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    path: str = "auto",
+) -> Tensor:
+    """x @ (weight + scale * sum_k A_k (x) B_k)^T + bias, dense only on the path "merged".
+
+    Every path computes vec(A X B^T) for X = x viewed as (n1, n2); `krontune.kron.paths` has their formulas. The
+    backward keeps x and the factors alone and computes the rest again. Differentiable twice.
+
+    Args:
+        x: (..., n1*n2).
+        A: (K, m1, n1), any float dtype; the product is computed in x's.
+        B: (K, m2, n2).
+        weight: (m1*m2, n1*n2), or None for the sum alone.
+        bias: (m1*m2,), or None.
+        scale: multiplies the sum; dimensionless.
+        path: "b-first", "a-first", "b-fold", "a-fold", "merged", or "auto", the cheapest by `choose_path`. "merged"
+            adds the sum into a copy of a float32 weight; into 16 bits it would be rounded away, so that there the
+            dense sum makes a product of its own.
+
+    Returns:
+        (..., m1*m2), dtype of x (under autocast, autocast's).
+
+    Raises:
+        ShapeError: sizes that do not fit together.
+        ConfigError: an unknown path.
+
+    Cost per row: K*n1*m2*(m1 + n2) multiply-adds on the b side, K*m1*n2*(n1 + m2) on the a side, three times that with
+    the backward; merged K*m*n in all, and one more product as large as the weight's in the backward.
+    """
+    return _linear(x, weight, bias, scale, path, A, B)
+
+
+def kron_delta_linear(
+    x: Tensor,
+    dA: Tensor,
+    dB: Tensor,
+    A0: Tensor,
+    B0: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    path: str = "auto",
+) -> Tensor:
+    """x @ (weight + scale * dW)^T + bias with SoKA's dW = sum_k (A0_k + dA_k) (x) (B0_k + dB_k) - A0_k (x) B0_k.
+
+    The update of arXiv:2506.15251 with the starting terms kept apart. The 2K terms of `delta_terms` go through one pair
+    of products; the gradients of dA and dB are those of A = A0 + dA and B = B0 + dB and cost as much as for K terms.
+
+    Args:
+        x: (..., n1*n2).
+        dA: (K, m1, n1), trained; zero at the start.
+        dB: (K, m2, n2), trained; zero at the start.
+        A0: (K, m1, n1), a constant: it gets no gradient.
+        B0: (K, m2, n2), a constant.
+        weight: as for `kron_linear`, like bias, scale and path.
+        bias: (m1*m2,), or None.
+        scale: multiplies dW; dimensionless.
+        path: one of `PATHS`, or "auto".
+
+    Returns:
+        (..., m1*m2), dtype of x. At dA = dB = 0 the update is exactly zero.
+
+    Raises:
+        ShapeError: sizes that do not fit together.
+        ConfigError: an unknown path.
+    """
+    if A0.shape != dA.shape or B0.shape != dB.shape:
+        raise ShapeError(
+            f"A0 is {tuple(A0.shape)} and B0 is {tuple(B0.shape)}; they must have the shapes of dA, {tuple(dA.shape)}, "
+            f"and dB, {tuple(dB.shape)}."
+        )
+    return _linear(x, weight, bias, scale, path, dA, dB, A0.detach(), B0.detach())
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor) -> Tensor:
+    """`factors` are (A, B), or (dA, dB, A0, B0)."""
+    shape = sum_shape(*factors[:2])
+    if factors[0].dim() != 3 or x.shape[-1] != shape.n or (weight is not None and weight.shape != (shape.m, shape.n)):
+        raise ShapeError(
+            f"x is {tuple(x.shape)}, the factors {tuple(factors[0].shape)} and {tuple(factors[1].shape)}, weight "
+            f"{None if weight is None else tuple(weight.shape)}; {shape} needs x (..., {shape.n}), factors "
+            f"(K, {shape.m1}, {shape.n1}) and (K, {shape.m2}, {shape.n2}), weight ({shape.m}, {shape.n})."
+        )
+    if path not in (*PATHS, "auto"):
+        raise ConfigError(f"path {path!r} is unknown; allowed: auto, {', '.join(PATHS)}.")
+    x = to_compute(x)
+    differentiable = [t for t in (x, weight, bias, *factors) if t is not None and t.requires_grad]
+    backward = bool(differentiable) and torch.is_grad_enabled()
+    if path == "auto":
+        K = len(factors[0])
+        choose = choose_path if torch.compiler.is_compiling() else _remembered_choice
+        path = choose(
+            math.prod(x.shape[:-1]),
+            shape,
+            K if len(factors) == 2 else 2 * K,
+            K if backward else 0,
+            fold_weight=_folds_into(weight),
+            prices=prices_of(x.device.type),
+        )
+    if torch.compiler.is_compiling():
+        return _plain(x, weight, bias, scale, path, *factors)
+    with without_autocast(x):
+        product = _KronLinear.apply if backward else _forward
+        return product(x, weight, bias, scale, path, *factors)
+
+
+def _folds_into(weight: Tensor | None) -> bool:
+    """Whether the merged path adds into the weight: not into 16 bits, which would round a small update away."""
+    return weight is not None and weight.itemsize >= 4
+
+
+def _terms(factors: tuple[Tensor, ...], scale: float, path: str, dtype: torch.dtype) -> tuple[Terms, Terms]:
+    """(value, trained): the terms to multiply, and those that gradients are taken at, as `terms_grads` wants them."""
+    if len(factors) == 2:
+        terms = Terms((scale * factors[0]).to(dtype), factors[1].to(dtype))
+        return terms, terms
+    dA, dB, A0, B0 = factors
+    A, B = A0 + dA, B0 + dB
+    if path.startswith("a"):  # A0 (x) dB + dA (x) B
+        value = Terms(torch.cat([A0, dA]), torch.cat([dB, B]))
+    else:  # dA (x) B0 + A (x) dB
+        value = Terms(torch.cat([dA, A]), torch.cat([B0, dB]))
+    return Terms((scale * value.A).to(dtype), value.B.to(dtype)), Terms((scale * A).to(dtype), B.to(dtype))
+
+
+def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor) -> Tensor:
+    """In differentiable torch operations alone: what torch.compile and a second derivative see."""
+    value, _ = _terms(factors, scale, path, x.dtype)
+    W, b = _to(weight, x), _to(bias, x)
+    if path == "merged":
+        dense = kron_sum(*value)
+        if W is not None and _folds_into(weight):
+            return F.linear(x, W + dense, b)
+        y = F.linear(x, dense)
+    else:
+        y = apply_terms(_flat(x), value, path).reshape(*x.shape[:-1], -1)
+    if W is not None:
+        return y + F.linear(x, W, b)
+    return y if b is None else y + b
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor
+) -> Tensor:
+    """The same in fewer passes over memory: the weight's product is added into the sum's."""
+    value, _ = _terms(factors, scale, path, x.dtype)
+    W, b = _to(weight, x), _to(bias, x)
+    if path == "merged" and _folds_into(weight):
+        return F.linear(x, merge_terms(W, value), b)
+    flat = _flat(x)
+    y = flat @ merge_terms(None, value).mT if path == "merged" else apply_terms(flat, value, path)
+    if b is not None:
+        y += b
+    if W is not None:
+        y.addmm_(flat, W.mT)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _KronLinear(torch.autograd.Function):
+    """`_forward`, with a backward that keeps the inputs and nothing else."""
+
+    forward = staticmethod(_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, bias, ctx.scale, ctx.path, *factors = inputs
+        ctx.save_for_backward(x, weight, bias, *factors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *factors = ctx.saved_tensors
+        with without_autocast(x):
+            if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated in turn
+                return plain_grads(_plain, g, (x, weight, bias, ctx.scale, ctx.path, *factors), ctx.needs_input_grad)
+            need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
+            wanted = (need_x, *need_factors[:2])
+            value, trained = _terms(tuple(factors), ctx.scale, ctx.path, x.dtype)
+            W, flat, g = _to(weight, x), _flat(x), _flat(g)
+            dW = g.mT @ flat if need_weight or (ctx.path == "merged" and any(wanted[1:])) else None
+            if ctx.path == "merged":
+                folded = _folds_into(weight)
+                gx = g @ merge_terms(W if folded else None, value) if need_x else None
+                W = None if folded else W
+                gA, gB = merged_grads(dW, trained, wanted[1:]) if dW is not None else (None, None)
+            else:
+                gx, gA, gB = terms_grads(flat, g, value, trained, ctx.path, wanted)
+            if gx is not None:
+                gx = (gx if W is None else gx.addmm_(g, W)).view(x.shape)
+            gA = gA if gA is None else ctx.scale * gA
+            g_bias = g.sum(0) if need_bias else None
+        return (gx, dW if need_weight else None, g_bias, None, None, gA, gB, *(None for _ in factors[2:]))
+
+
+def plain_grads(plain: Any, g: Tensor, inputs: tuple, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of plain(*inputs) as a differentiable function of g and the inputs."""
+    # Aliases: an input that depends on another must not pass its share on to it here.
+    inputs = tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in inputs)
+    wanted = [t for t, need in zip(inputs, needed) if need]
+    grads = iter(torch.autograd.grad(plain(*inputs), wanted, g, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if need else None for need in needed)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., n) -> (T, n), also where there are no rows."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)
