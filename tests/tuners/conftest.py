@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -62,10 +63,12 @@ def _models() -> dict[str, PreTrainedModel]:
         num_labels=3,
         max_position_embeddings=64,
     )
+    mixtral = MixtralConfig(**{**llama, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2)
     return {
         "llama": _build(AutoModelForCausalLM, LlamaConfig(**llama, tie_word_embeddings=False)),
         "tied": _build(AutoModelForCausalLM, LlamaConfig(**llama, tie_word_embeddings=True)),
         "gpt2": _build(AutoModelForCausalLM, gpt2),
+        "mixtral": _build(AutoModelForCausalLM, mixtral),
         "t5": _build(T5ForConditionalGeneration, t5),
         "bert": _build(AutoModelForSequenceClassification, bert),
     }

@@ -1,4 +1,4 @@
-"""What the tuner tests share: small configs of both methods, tiny models, and the dense truth of an adapter in float64."""
+"""What the tuner tests share: small configs of both methods, and the dense truth of an adapter in float64."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def kron_chain(factors: list[Tensor]) -> Tensor:
 
 
 def true_delta(layer: KronLayer, adapter: str = "default") -> Tensor:
-    """alpha * dW of the papers' equations in float64, from the stored tensors, by torch.kron alone: (m, n) or (e, m, n)."""
+    """alpha * dW of the papers' equations from the stored tensors, in float64 by torch.kron: (m, n) or (e, m, n)."""
     stored = {name: tensor.detach().double() for name, tensor in stored_tensors(layer, adapter)}
     formula = _lsr_delta if any(name.startswith("lsr") for name in stored) else _soka_delta
     experts = layer.specs[adapter].experts

@@ -1,4 +1,4 @@
-"""An adapter's start, and what must stay as it was: the base weights, and the base model's output behind the adapter."""
+"""An adapter's start, and what must stay as it was: the base weights and the base model's output."""
 
 from __future__ import annotations
 

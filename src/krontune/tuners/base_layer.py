@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,21 +86,29 @@ class KronLayer(_peft.BaseTunerLayer):
         """How the base weight is stored: "float32", "bnb 4bit nf4", ..."""
         return storage_of(self.base_parameter, self.quantization_backend)
 
-    def add(self, adapter: str, spec: Any, alpha: float, dropout: float, start: Any | None, trainable: bool) -> None:
-        """Give this layer an adapter with the resolved `spec`; see `allocate` for `start`."""
+    def add(
+        self,
+        adapter: str,
+        spec: Any,
+        alpha: float,
+        dropout: float,
+        start: Any | None,
+        trainable: bool,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Give this layer an adapter with the resolved `spec`; see `allocate` for `start`. The base's dtype if None."""
         if dropout and not self.host.takes_dropout:
             warnings.warn(f"dropout={dropout} has no effect on an embedding: its input is indices.", stacklevel=2)
         self.specs[adapter] = spec
         self.scaling[adapter] = alpha
         self.kron_dropout[adapter] = nn.Dropout(dropout) if dropout else nn.Identity()
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if self.weight_name != "weight":
-            device, dtype = self.base_parameter.device, self.base_parameter.dtype
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-            dtype = torch.float32
-        self.allocate(adapter, spec, start, dtype, device)
-        if start is None:
-            self._awaiting.add(adapter)
+            device, base_dtype = self.base_parameter.device, self.base_parameter.dtype
+        if base_dtype is None or not base_dtype.is_floating_point or base_dtype.itemsize < 2:
+            base_dtype = torch.float32
+        self.allocate(adapter, spec, start, dtype or base_dtype, device)
+        (self._awaiting.add if start is None else self._awaiting.discard)(adapter)
         for name in self.adapter_layer_names:
             entry = getattr(self, name)[adapter]
             for parameter in [entry] if isinstance(entry, nn.Parameter) else entry.parameters():
@@ -119,16 +127,15 @@ class KronLayer(_peft.BaseTunerLayer):
                 if not any(t.is_meta for t in tensors):
                     container[adapter_name] = entry.to(device)
 
-    def _check_loaded(self, adapter: str) -> None:
-        """Raise unless the checkpoint that this adapter was built for has been loaded. Called until it has."""
-        if torch.compiler.is_compiling():
-            return
-        if any(f.is_meta or torch.isnan(f.detach().flatten()[0]) for f in self.factors(adapter)):
-            raise CheckpointError(
-                f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. "
-                "Load them (PeftModel.from_pretrained does), or set config.resolved = None to start a new adapter."
-            )
-        self._awaiting.discard(adapter)
+    def check_loaded(self, adapters: Iterable[str]) -> None:
+        """Raise CheckpointError for one that was built for a checkpoint which was not loaded. Looks until it was."""
+        for adapter in self._awaiting.intersection(adapters):
+            if any(f.is_meta or torch.isnan(f.detach().flatten()[0]) for f in self.factors(adapter)):
+                raise CheckpointError(
+                    f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. "
+                    "Load them (PeftModel.from_pretrained does), or set config.resolved = None to start a new adapter."
+                )
+            self._awaiting.discard(adapter)
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -149,8 +156,8 @@ class KronLayer(_peft.BaseTunerLayer):
 
     def update(self, x: Tensor, adapter: str) -> Tensor:
         """What `adapter` adds to the layer's output for the input x."""
-        if adapter in self._awaiting:
-            self._check_loaded(adapter)
+        if self._awaiting and not torch.compiler.is_compiling():
+            self.check_loaded([adapter])
         if self.host.takes_dropout:
             x = self.kron_dropout[adapter](self._cast_input_dtype(x, self.factors(adapter)[0].dtype))
         return self.host.update(self, x, adapter)
@@ -205,8 +212,7 @@ class KronLayer(_peft.BaseTunerLayer):
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into. Keep the adapter unmerged, "
                 "or load the base model unquantised."
             )
-        for adapter in self._awaiting.intersection(new):
-            self._check_loaded(adapter)
+        self.check_loaded(new)
         if self.quantization_backend is not None:
             warnings.warn(f"Merging into a {self.storage()} weight rounds the update to that format.", stacklevel=2)
         original = self._unmerged or self._snapshot()
@@ -296,8 +302,8 @@ class ParameterLayer(KronLayer):
         if not adapters:
             yield
             return
-        for adapter in self._awaiting.intersection(adapters):
-            self._check_loaded(adapter)
+        if self._awaiting and not torch.compiler.is_compiling():
+            self.check_loaded(adapters)
         base, name = self.get_base_layer(), self.weight_name
         delta = torch.stack([self.get_delta_weight(a) for a in adapters]).sum(0).to(self.base_parameter.dtype)
         trainable = self.base_parameter.requires_grad

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from krontune.errors import ConfigError
 from krontune.tuners import _peft
-from krontune.tuners.base_config import KronConfig
-from krontune.tuners.base_layer import KronLayer
+from krontune.tuners.base_config import KronConfig, check_choice, check_number
+from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.checkpoint import check_base, fingerprint, spec_to_dict
 from krontune.tuners.gradient import take_gradient
 
@@ -67,8 +67,7 @@ class KronModel(_peft.BaseTuner):
         config = copy.deepcopy(self.peft_config[adapter_name])  # the user's own object is never written to
         self.peft_config[adapter_name] = config
         if config.train_norms:
-            names = norm_names(model)
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
+            config.modules_to_save = [*(config.modules_to_save or []), *norm_names(model, config.modules_to_save or [])]
         children = [(module, dict(module._modules)) for module in model.modules()]
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         self._targets: dict[str, KronLayer] = {}
@@ -82,24 +81,31 @@ class KronModel(_peft.BaseTuner):
         finally:
             del self._targets
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """target_parameters alone are enough for an architecture that has no default target_modules, as with LoRA."""
-        if peft_config.target_parameters and model_config.get("model_type") not in self.target_module_mapping:
-            return peft_config
-        return super()._prepare_adapter_config(peft_config, model_config)
+    @classmethod
+    def _prepare_adapter_config(cls, peft_config: Any, model_config: dict) -> Any:
+        """Fill in the architecture's default target_modules; target_parameters alone do without, as in LoRA."""
+        if peft_config.target_modules is None:
+            names = cls.target_module_mapping.get(model_config.get("model_type"))
+            if names is None and not peft_config.target_parameters:
+                raise ConfigError(
+                    f"target_modules=None takes an architecture's defaults, and {model_config.get('model_type')!r} has "
+                    "none. Name the modules, or say 'all-linear'."
+                )
+            peft_config.target_modules = set(names) if isinstance(names, list) else names
+        return peft_config
 
     def _check_new_adapter_config(self, config: KronConfig) -> None:
         super()._check_new_adapter_config(config)
         for name, other in self.peft_config.items():
-            both = other.target_parameters and config.target_parameters
-            if both and set(other.target_parameters) != set(config.target_parameters):
+            ours, theirs = set(config.target_parameters or ()), set(other.target_parameters or ())
+            if ours and theirs and ours != theirs:
                 raise ConfigError(
-                    f"target_parameters={config.target_parameters} differ from {other.target_parameters} of the adapter "
-                    f"{name!r}. The wrappers of parameters nest, so all adapters must have the same ones."
+                    f"target_parameters {sorted(ours)} differ from {sorted(theirs)} of the adapter {name!r}. The wrappers "
+                    "of parameters nest, so all adapters of a model must have the same ones."
                 )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replace, and no more: PEFT's own also copies `weight`, which a module of experts does not have."""
+        """Put a module in another's place. PEFT's own also assigns `weight`, which experts and saved heads may lack."""
         setattr(parent, child_name, new_module)
 
     def _create_and_replace(
@@ -122,37 +128,24 @@ class KronModel(_peft.BaseTuner):
             current_key = re.sub(r"\.base_layer(?=\.|$)", "", current_key)
         self._targets[current_key] = target
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a module in another's place. PEFT's own also assigns `weight`, which a saved head of several layers lacks."""
-        setattr(parent, child_name, new_module)
-
     def _fill(self, config: KronConfig, adapter_name: str) -> None:
         """Phase two: sizes, start and factors of every module that was matched."""
         base = {name: self._describe(layer) for name, layer in self._targets.items()}
         if config.resolved is not None:
             check_base(config.resolved, base)
             resolved = {name: Resolved(config.spec(name)) for name in self._targets}
-            starts_need_data = config.init_weights not in (False, "zero", "paper") and self.needs_data(config)
         else:
             self._check_weights()
             resolved = self.resolve(config, self._targets)
-            starts_need_data = False
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in self._targets.items():
             gradient = take_gradient(layer)
-            start = None if starts_need_data else self.start(config, name, layer, resolved[name], gradient)
+            start = None if config.resolved else self.start(config, name, layer, resolved[name], gradient)
             alpha = pattern_value(config.alpha_pattern, name, config.alpha)
             layer.add(adapter_name, resolved[name].spec, float(alpha), config.dropout, start, trainable)
         if config.resolved is None:
-            paths = {id(module): path for path, module in self.model.named_modules()}
-            config.resolved = {
-                name: _entry(base[name], resolved[name], name, paths[id(layer)])
-                for name, layer in self._targets.items()
-            }
-
-    def needs_data(self, config: Any) -> bool:
-        """Whether the start is computed from the weight or a gradient, and so is never computed for a checkpoint."""
-        return config.init_weights == "gradient"
+            paths = {name: path for name, path, _ in self._named_layers()}
+            config.resolved = {name: _entry(base[name], resolved[name], name, paths[name]) for name in self._targets}
 
     def _describe(self, layer: KronLayer) -> dict:
         return {"shape": list(layer.matrix_shape), "base": fingerprint(layer.base_parameter, layer.storage())}
@@ -224,44 +217,87 @@ class KronModel(_peft.BaseTuner):
     ) -> None:
         """Add the adapter whose update is sum_i weights_i * dW_i, exactly: the terms are put side by side.
 
+        Modules that are trained whole (modules_to_save, train_norms) are joined in the same way, from their changes:
+        N_0 + sum_i weights_i * (N_i - N_0).
+
         Args:
             adapters: names of adapters with equal factor shapes on each module.
             weights: one multiplier each; the adapters' own scales are kept beside it.
-            adapter_name: the new adapter's name.
+            adapter_name: the new adapter's name. It is float32, and not active.
             combination_type: "linear" (or "cat", which is the same here).
 
         Raises:
-            ConfigError: unknown or existing names, or factor shapes that differ.
+            ConfigError: unknown or existing names, weights that are no numbers, trained biases, or factor shapes that
+                differ.
         """
-        if combination_type not in ("linear", "cat"):
-            raise ConfigError(f"combination_type={combination_type!r} is unknown. Allowed: 'linear' (exact), 'cat'.")
+        self._check_join(adapters, weights, adapter_name, combination_type)
+        config = self._joined_config(adapters)
+        self.peft_config[adapter_name] = config
+        try:
+            for name, path, layer in self._named_layers():
+                present = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.specs]
+                if present:
+                    names, factors = zip(*present, strict=True)
+                    layer.check_loaded(names)
+                    spec, start = self.join(layer, names, factors)
+                    layer.add(adapter_name, spec, 1.0, 0.0, start, trainable=False, dtype=torch.float32)
+                    config.resolved[name] = _entry(self._describe(layer), Resolved(spec), name, path)
+                    if not isinstance(layer, ParameterLayer):
+                        config.target_modules.add(name)
+            self._join_saved_modules(adapters, weights, adapter_name)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def _check_join(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    ) -> None:
+        check_choice("combination_type", combination_type, ("linear", "cat"))
         if len(adapters) != len(weights) or not adapters:
             raise ConfigError(f"Got {len(adapters)} adapters and {len(weights)} weights. Give one weight an adapter.")
+        for adapter, weight in zip(adapters, weights, strict=True):
+            check_number(f"the weight of {adapter!r}", weight)
         missing = [a for a in adapters if a not in self.peft_config]
         if missing or adapter_name in self.peft_config:
             wrong = f"{missing} do not exist" if missing else f"{adapter_name!r} exists already"
             raise ConfigError(f"add_weighted_adapter: {wrong}. The model has {sorted(self.peft_config)}.")
-        config = copy.deepcopy(self.peft_config[adapters[0]])
-        config.resolved = {}
-        self.peft_config[adapter_name] = config
-        try:
-            for name, layer in self._named_layers():
-                present = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.specs]
-                if present:
-                    spec, start = self.join(layer, *zip(*present, strict=True))
-                    layer.add(adapter_name, spec, 1.0, 0.0, start, trainable=False)
-                    config.resolved[name] = _entry(self._describe(layer), Resolved(spec), name, name)
-        except ConfigError:
-            self.delete_adapter(adapter_name)
-            raise
-        config.alpha, config.alpha_pattern, config.dropout = 1.0, {}, 0.0
+        biased = [a for a in adapters if self.peft_config[a].bias != "none"]
+        if biased:
+            raise ConfigError(f"add_weighted_adapter: {biased} trained biases, which all adapters of a model share.")
 
-    def _named_layers(self) -> Iterator[tuple[str, KronLayer]]:
-        for name, module in self.model.named_modules():
-            if isinstance(module, KronLayer):
-                if module.weight_name != "weight":
-                    name = f"{name.replace('.base_layer', '')}.{module.weight_name}"
-                yield name, module
+    def _joined_config(self, adapters: Sequence[str]) -> Any:
+        """The first adapter's config, without the settings that `resolved` replaces; every module goes by its name."""
+        configs = [self.peft_config[a] for a in adapters]
+        joined = copy.deepcopy(configs[0])
+        joined.resolved, joined.target_modules, joined.exclude_modules = {}, set(), None
+        joined.layers_to_transform = joined.layers_pattern = None
+        joined.rank_pattern, joined.alpha_pattern, joined.alpha, joined.dropout = {}, {}, 1.0, 0.0
+        joined.target_parameters = next((c.target_parameters for c in configs if c.target_parameters), None)
+        saved = dict.fromkeys(name for c in configs for name in c.modules_to_save or [])
+        joined.modules_to_save = list(saved) or None
+        joined.train_norms = any(c.train_norms for c in configs)
+        return joined
+
+    def _join_saved_modules(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        for wrapper in self.model.modules():
+            if not isinstance(wrapper, _peft.ModulesToSaveWrapper):
+                continue
+            copies = wrapper.modules_to_save
+            present = [(copies[a].state_dict(), w) for a, w in zip(adapters, weights, strict=True) if a in copies]
+            if present:
+                wrapper.update(adapter_name)
+                start = wrapper.original_module.state_dict()
+                for key, tensor in copies[adapter_name].requires_grad_(False).state_dict().items():
+                    if tensor.is_floating_point():
+                        tensor += sum(w * (trained[key] - start[key]) for trained, w in present)
+
+    def _named_layers(self) -> Iterator[tuple[str, str, KronLayer]]:
+        """(name of the module or parameter in the base model, path of its layer in this one, layer)."""
+        for path, module in self.model.named_modules():
+            if isinstance(module, ParameterLayer):
+                yield f"{path.replace('.base_layer', '')}.{module.parameter_name}", path, module
+            elif isinstance(module, KronLayer):
+                yield path, path, module
 
 
 def _entry(base: dict, resolved: Resolved, name: str, path: str) -> dict:
@@ -286,20 +322,22 @@ def pattern_value(pattern: dict, name: str, default: Any) -> Any:
     return default
 
 
-def norm_names(model: nn.Module) -> list[str]:
-    """Full names of the normalisation layers of a model that have parameters of their own."""
-    names = []
+def norm_names(model: nn.Module, saved_whole: Sequence[str]) -> list[str]:
+    """Full names of a model's normalisation layers with parameters, those inside modules of `saved_whole` left out."""
+    found, new = False, []
     for name, module in model.named_modules():
         if isinstance(module, _peft.ModulesToSaveWrapper):
             module = module.original_module
-        elif ".modules_to_save." in name or name.endswith(".original_module"):
+        elif ".modules_to_save." in name or ".original_module" in name:
             continue
         own = next(module.parameters(recurse=False), None)
         if own is not None and (type(module).__name__.endswith("Norm") or isinstance(module, _TORCH_NORMS)):
-            names.append(re.escape(name))
-    if not names:
+            found = True
+            if not any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in saved_whole):
+                new.append(name)
+    if not found:
         raise ConfigError("train_norms=True, and the model has no normalisation layer with parameters. Leave it out.")
-    return names
+    return new
 
 
 _TORCH_NORMS = (

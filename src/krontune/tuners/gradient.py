@@ -78,8 +78,7 @@ def _targets(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, nn.Par
     """(name, parameter) of every weight that the config adapts, matched as PEFT does."""
     config = copy.deepcopy(config)  # PEFT fills in target_modules
     tuner = _tuner_class(config)
-    prepare: Any = tuner._prepare_adapter_config
-    config = prepare(tuner, config, tuner.get_model_config(model)) if not config.target_parameters else config
+    config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
     config = _peft.include_all_linear_layers(config, model)
     found = False
     for name, module in model.named_modules():

@@ -49,9 +49,8 @@ class SokaLayer(KronLayer, nn.Module):
             start = SokaStart(*(torch.full(shape, torch.nan) for shape in spec.tensor_shapes().values()))
         self.soka_dA[adapter] = nn.Parameter(start.dA.to(device, dtype))
         self.soka_dB[adapter] = nn.Parameter(start.dB.to(device, dtype))
-        # Rounded to bfloat16 whatever the dtype, so that half the bytes can hold the frozen start without loss.
-        self.soka_A0[adapter] = start.A0.to(device, torch.bfloat16).to(dtype)
-        self.soka_B0[adapter] = start.B0.to(device, torch.bfloat16).to(dtype)
+        self.soka_A0[adapter] = start.A0.to(device, dtype)
+        self.soka_B0[adapter] = start.B0.to(device, dtype)
 
     def factors(self, adapter: str) -> list[Tensor]:
         return [self.soka_dA[adapter], self.soka_dB[adapter], self.soka_A0[adapter], self.soka_B0[adapter]]

@@ -28,9 +28,6 @@ class SokaModel(KronModel):
     layer_class = SokaLayer
     wrapper_class = ParamWrapper
 
-    def needs_data(self, config: SokaConfig) -> bool:
-        return config.init_weights in (True, "principal", "gradient")
-
     # --------------------------------------------------------------------------------------------------------- ranks
 
     def resolve(self, config: SokaConfig, layers: dict[str, KronLayer]) -> dict[str, Resolved]:

@@ -20,7 +20,8 @@ def soka_start(spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gr
         kpsvd: at least spec.r terms of the weight, for the principal start; else None.
         gradient: the mean gradient of the loss for the weight, (m, n); for "gradient" alone.
     """
-    A0, B0 = _frozen_terms(spec, init_weights, kpsvd, gradient)
+    # Rounded to bfloat16 whatever the dtype, so that half the bytes can hold the frozen terms without loss.
+    A0, B0 = (terms.bfloat16().float() for terms in _frozen_terms(spec, init_weights, kpsvd, gradient))
     dA, dB = torch.zeros_like(A0), torch.zeros_like(B0)
     if init_weights is False:
         dB = torch.randn_like(dB) / (spec.r * spec.right[1]) ** 0.5
