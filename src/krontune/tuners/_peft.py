@@ -6,6 +6,8 @@ PEFT has no entry point for methods of other packages: its registry refuses a na
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 from packaging.version import Version
 from peft.tuners._buffer_dict import BufferDict
@@ -21,10 +23,13 @@ from peft.utils import (
     PeftType,
     get_quantization_kwargs,
     register_peft_method,
-    resolve_quantization_backend,
 )
+from peft.utils import resolve_quantization_backend as _resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.save_and_load import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
+
+from krontune.errors import ConfigError
 
 __all__ = [
     "SAFETENSORS_WEIGHTS_NAME",
@@ -46,6 +51,26 @@ __all__ = [
 ]
 
 include_all_linear_layers = _maybe_include_all_linear_layers
+
+
+def resolve_quantization_backend(base: nn.Module, **kwargs: Any) -> Any:
+    """PEFT's quantisation backend of a layer, or None.
+
+    PEFT 0.20 asks torchao for a name that torchao 0.18 no longer has, for every layer. A layer whose weight is not
+    torchao's does not need the answer.
+
+    Raises:
+        ConfigError: the weight is torchao's, and the two versions do not fit.
+    """
+    try:
+        return _resolve_quantization_backend(base, **kwargs)
+    except ImportError as error:
+        if type(getattr(base, "weight", None)).__module__.startswith("torchao"):
+            raise ConfigError(
+                f"peft {peft.__version__} does not work with the installed torchao: {error}. Install peft >= 0.21, or "
+                "torchao < 0.18."
+            ) from None
+        return None
 
 
 def saves_biases() -> bool:
