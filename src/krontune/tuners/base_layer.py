@@ -33,7 +33,9 @@ class KronLayer(_peft.BaseTunerLayer):
         self.quantization_backend = _peft.resolve_quantization_backend(base, **quantisation)
         self.host = host_of(base, name, self.quantization_backend is not None, parameter_name)
         self.base_layer = base_layer
+        self.module_name = name
         self.weight_name = parameter_name or "weight"
+        self.is_tied = False  # whether another layer has the same parameter; the tuner finds out
         self.specs: dict[str, Any] = {}
         self.scaling: dict[str, float] = {}
         self.kron_dropout = nn.ModuleDict()
@@ -141,7 +143,6 @@ class KronLayer(_peft.BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
@@ -172,16 +173,6 @@ class KronLayer(_peft.BaseTunerLayer):
                 result = result.index_add(0, index, self.update(x[index], adapter).to(result.dtype))
         return result
 
-    def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str] | None) -> None:
-        if adapter_names is None:
-            return
-        if len(x) != len(adapter_names):
-            raise ConfigError(
-                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}. Give one name a row."
-            )
-        if self.merged:
-            raise ConfigError("adapter_names cannot be used with merged adapters. Call unmerge_adapter() first.")
-
     # ---------------------------------------------------------------------------------------------------------- merging
 
     def get_base_weight(self) -> Tensor:
@@ -195,14 +186,15 @@ class KronLayer(_peft.BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight, summed in float32 and rounded once.
 
-        The original weight is kept in host memory (quantised ones where they are), so that `unmerge` restores its bits.
+        The original weight is kept in host memory (quantised and tied ones where they are), so that `unmerge` restores
+        its bits. A weight that is tied to another layer's is untied for as long, as the update is this layer's alone.
 
         Args:
             safe_merge: check the result for NaN and Inf before the weight is written.
             adapter_names: which; the active ones if None.
 
         Raises:
-            ValueError: safe_merge found a NaN or Inf.
+            ConfigError: safe_merge found a NaN or Inf, or the weight is quantised in a way that cannot be written.
         """
         new = [a for a in _peft.check_adapters_to_merge(self, adapter_names) if a in self.specs]
         if not new:
@@ -218,10 +210,15 @@ class KronLayer(_peft.BaseTunerLayer):
         original = self._unmerged or self._snapshot()
         merged = self._merged_weight(original["data"], self.merged_adapters + new)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaN or Inf in the merged weight: one of the adapters {new} seems to be broken.")
+            raise ConfigError(
+                f"NaN or Inf in the merged weight of {self.module_name}: one of the adapters {new} is broken. The "
+                "weight was not written. Train with a smaller learning rate, or leave the adapter out."
+            )
         self._unmerged = original
         if self.quantization_backend is not None:
             self.set_base_weight(merged)
+        elif self.is_tied:
+            setattr(self.get_base_layer(), self.weight_name, nn.Parameter(merged, self.base_parameter.requires_grad))
         else:
             self.base_parameter.data = merged
         self.merged_adapters.extend(new)
@@ -237,7 +234,8 @@ class KronLayer(_peft.BaseTunerLayer):
         """What `unmerge` puts back, and the original weight as float `data`."""
         base = self.get_base_layer()
         if self.quantization_backend is None:
-            return {"data": self.base_parameter.data.cpu()}
+            parameter = self.base_parameter
+            return {"data": parameter.data, "tied": parameter} if self.is_tied else {"data": parameter.data.cpu()}
         state = getattr(base, "state", None)  # bitsandbytes 8-bit keeps its codes and scales there
         return {
             "data": self.get_base_weight().detach(),
@@ -256,8 +254,11 @@ class KronLayer(_peft.BaseTunerLayer):
         self.merged_adapters.clear()
         if not original:
             return
+        if self.is_tied:
+            setattr(self.get_base_layer(), self.weight_name, original["tied"])
+            return
         if self.quantization_backend is None:
-            self.base_parameter.data = original["data"].to(self.base_parameter.device)
+            self.base_parameter.data = original["data"].to(self.base_parameter)
             return
         base = original["base"]
         if self.get_base_layer() is not base:  # some backends replace the layer itself
@@ -288,8 +289,7 @@ class ParameterLayer(KronLayer):
         return self.weight_name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            raise ConfigError("adapter_names (mixed batches) does not work with target_parameters.")
+        kwargs.pop("adapter_names", None)  # with disable_adapter() alone
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from krontune.tuners.base_config import KronConfig, check_choice, check_number
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.checkpoint import check_base, fingerprint, spec_to_dict
 from krontune.tuners.gradient import take_gradient
+from krontune.tuners.mixed import adapter_by_row
 
 
 class Resolved(NamedTuple):
@@ -71,6 +72,8 @@ class KronModel(_peft.BaseTuner):
         children = [(module, dict(module._modules)) for module in model.modules()]
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         self._targets: dict[str, KronLayer] = {}
+        places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self._tied = {parameter for parameter, count in places.items() if count > 1}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -79,7 +82,7 @@ class KronModel(_peft.BaseTuner):
             self._undo(adapter_name, children, trainable)
             raise
         finally:
-            del self._targets
+            del self._targets, self._tied
 
     @classmethod
     def _prepare_adapter_config(cls, peft_config: Any, model_config: dict) -> Any:
@@ -100,8 +103,8 @@ class KronModel(_peft.BaseTuner):
             ours, theirs = set(config.target_parameters or ()), set(other.target_parameters or ())
             if ours and theirs and ours != theirs:
                 raise ConfigError(
-                    f"target_parameters {sorted(ours)} differ from {sorted(theirs)} of the adapter {name!r}. The wrappers "
-                    "of parameters nest, so all adapters of a model must have the same ones."
+                    f"target_parameters {sorted(ours)} differ from {sorted(theirs)} of the adapter {name!r}. "
+                    "The wrappers of parameters nest, so all adapters of a model must have the same ones."
                 )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -122,6 +125,7 @@ class KronModel(_peft.BaseTuner):
         if not isinstance(target, KronLayer) or (parameter_name and target.weight_name != parameter_name):
             cls = self.wrapper_class if parameter_name else self.layer_class
             layer = cls(target, current_key, parameter_name, **_peft.get_quantization_kwargs(self.model))
+            layer.is_tied = id(layer.base_parameter) in self._tied
             self._replace_module(parent, target_name, layer, target)
             target = layer
         if parameter_name:
@@ -182,32 +186,10 @@ class KronModel(_peft.BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names=` of a forward or generate call to every layer, for the time of the call."""
+        """PEFT enters this for each forward and generate call, with its arguments."""
         names = kwargs.pop("adapter_names", None)
-        if names is None:
+        with nullcontext() if names is None else adapter_by_row(self, names, kwargs):
             yield
-            return
-        if self.training:
-            raise ConfigError("adapter_names is for inference. Call model.eval() first.")
-        layers = [m for m in self.modules() if isinstance(m, (KronLayer, _peft.AuxiliaryTrainingWrapper))]
-        known = {adapter for layer in layers if isinstance(layer, KronLayer) for adapter in layer.specs}
-        unknown = sorted(set(names) - known - {"__base__"})
-        if unknown:
-            raise ConfigError(f"adapter_names holds {unknown}. Known are {sorted(known)} and '__base__'.")
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
-        beams = kwargs.get("num_beams") or 1
-        handles = []
-        for layer in layers:
-            # Beam search repeats every row of the decoder's batch; the encoder has run before that.
-            rows = list(names) if layer in in_encoder else [name for name in names for _ in range(beams)]
-            hook = partial(_pass_adapter_names, adapter_names=rows)
-            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # --------------------------------------------------------------------------------------------------------- joining
 
@@ -308,10 +290,6 @@ def _entry(base: dict, resolved: Resolved, name: str, path: str) -> dict:
     if resolved.choice is not None:
         entry["choice"] = resolved.choice
     return entry
-
-
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def pattern_value(pattern: dict, name: str, default: Any) -> Any:
