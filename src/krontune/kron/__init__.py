@@ -14,9 +14,9 @@ from krontune.kron.product import kron_embedding as kron_embedding
 from krontune.kron.product import kron_sum as kron_sum
 from krontune.kron.rearrange import rearrange as rearrange
 from krontune.kron.rearrange import unrearrange as unrearrange
+from krontune.kron.separated_linear import separated_linear as separated_linear
 from krontune.kron.separation import condition_number as condition_number
 from krontune.kron.separation import nearest_separated as nearest_separated
-from krontune.kron.separation import separated_linear as separated_linear
 from krontune.kron.separation import separated_sum as separated_sum
 from krontune.kron.separation import term_norms as term_norms
 from krontune.kron.shapes import FactorShape as FactorShape

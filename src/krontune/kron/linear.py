@@ -1,4 +1,4 @@
-"""A frozen linear layer plus a Kronecker sum, in one differentiable operation that keeps only its inputs."""
+"""A frozen linear layer plus a Kronecker sum, as one differentiable operation that keeps only its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from krontune.errors import ConfigError, ShapeError
-from krontune.kron.autocast import to_compute, without_autocast
+from krontune.kron.autograd import cast_to, flat, plain_grads, to_compute, without_autocast
 from krontune.kron.cost import choose_path, prices_of
 from krontune.kron.paths import PATHS, Terms, apply_terms, merge_terms, merged_grads, terms_grads
 from krontune.kron.product import kron_sum, sum_shape
@@ -122,7 +122,7 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float,
             shape,
             K if len(factors) == 2 else 2 * K,
             K if backward else 0,
-            fold_weight=_folds_into(weight),
+            fold_weight=_folds(weight, x),
             prices=prices_of(x.device.type),
         )
     if torch.compiler.is_compiling():
@@ -132,9 +132,9 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float,
         return product(x, weight, bias, scale, path, *factors)
 
 
-def _folds_into(weight: Tensor | None) -> bool:
-    """Whether the merged path adds into the weight: not into 16 bits, which would round a small update away."""
-    return weight is not None and weight.itemsize >= 4
+def _folds(weight: Tensor | None, x: Tensor) -> bool:
+    """Whether the merged path adds into the weight: not in 16 bits, which would round a small update away."""
+    return weight is not None and x.itemsize >= 4
 
 
 def _terms(factors: tuple[Tensor, ...], scale: float, path: str, dtype: torch.dtype) -> tuple[Terms, Terms]:
@@ -154,14 +154,14 @@ def _terms(factors: tuple[Tensor, ...], scale: float, path: str, dtype: torch.dt
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor) -> Tensor:
     """In differentiable torch operations alone: what torch.compile and a second derivative see."""
     value, _ = _terms(factors, scale, path, x.dtype)
-    W, b = _to(weight, x), _to(bias, x)
+    W, b = cast_to(weight, x), cast_to(bias, x)
     if path == "merged":
         dense = kron_sum(*value)
-        if W is not None and _folds_into(weight):
+        if W is not None and _folds(weight, x):
             return F.linear(x, W + dense, b)
         y = F.linear(x, dense)
     else:
-        y = apply_terms(_flat(x), value, path).reshape(*x.shape[:-1], -1)
+        y = apply_terms(flat(x), value, path).reshape(*x.shape[:-1], -1)
     if W is not None:
         return y + F.linear(x, W, b)
     return y if b is None else y + b
@@ -172,15 +172,15 @@ def _forward(
 ) -> Tensor:
     """The same in fewer passes over memory: the weight's product is added into the sum's."""
     value, _ = _terms(factors, scale, path, x.dtype)
-    W, b = _to(weight, x), _to(bias, x)
-    if path == "merged" and _folds_into(weight):
+    W, b = cast_to(weight, x), cast_to(bias, x)
+    if path == "merged" and _folds(weight, x):
         return F.linear(x, merge_terms(W, value), b)
-    flat = _flat(x)
-    y = flat @ merge_terms(None, value).mT if path == "merged" else apply_terms(flat, value, path)
+    rows = flat(x)
+    y = rows @ merge_terms(None, value).mT if path == "merged" else apply_terms(rows, value, path)
     if b is not None:
         y += b
     if W is not None:
-        y.addmm_(flat, W.mT)
+        y.addmm_(rows, W.mT)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -203,35 +203,17 @@ class _KronLinear(torch.autograd.Function):
             need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
             wanted = (need_x, *need_factors[:2])
             value, trained = _terms(tuple(factors), ctx.scale, ctx.path, x.dtype)
-            W, flat, g = _to(weight, x), _flat(x), _flat(g)
-            dW = g.mT @ flat if need_weight or (ctx.path == "merged" and any(wanted[1:])) else None
+            W, rows, g = cast_to(weight, x), flat(x), flat(g)
+            dW = g.mT @ rows if need_weight or (ctx.path == "merged" and any(wanted[1:])) else None
             if ctx.path == "merged":
-                folded = _folds_into(weight)
+                folded = _folds(weight, x)
                 gx = g @ merge_terms(W if folded else None, value) if need_x else None
                 W = None if folded else W
                 gA, gB = merged_grads(dW, trained, wanted[1:]) if dW is not None else (None, None)
             else:
-                gx, gA, gB = terms_grads(flat, g, value, trained, ctx.path, wanted)
+                gx, gA, gB = terms_grads(rows, g, value, trained, ctx.path, wanted)
             if gx is not None:
                 gx = (gx if W is None else gx.addmm_(g, W)).view(x.shape)
             gA = gA if gA is None else ctx.scale * gA
             g_bias = g.sum(0) if need_bias else None
         return (gx, dW if need_weight else None, g_bias, None, None, gA, gB, *(None for _ in factors[2:]))
-
-
-def plain_grads(plain: Any, g: Tensor, inputs: tuple, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of plain(*inputs) as a differentiable function of g and the inputs."""
-    # Aliases: an input that depends on another must not pass its share on to it here.
-    inputs = tuple(t.view_as(t) if isinstance(t, Tensor) else t for t in inputs)
-    wanted = [t for t, need in zip(inputs, needed) if need]
-    grads = iter(torch.autograd.grad(plain(*inputs), wanted, g, create_graph=True, allow_unused=True))
-    return tuple(next(grads) if need else None for need in needed)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(..., n) -> (T, n), also where there are no rows."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like.dtype)

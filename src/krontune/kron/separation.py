@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from krontune.errors import ShapeError
 from krontune.kron.kpsvd import nearest_kron
+from krontune.kron.paths import Terms, merged_grads
 from krontune.kron.product import kron_sum
 from krontune.kron.shapes import KronShape
 
@@ -39,18 +41,21 @@ def separated_sum(factors: Sequence[Tensor]) -> Tensor:
     return kron_sum(left, factors[-1])
 
 
-def separated_linear(x: Tensor, a_factors: Sequence[Tensor], b_factors: Sequence[Tensor]) -> Tensor:
-    """x A^T B^T with A = separated_sum(a_factors) (r, n) and B = separated_sum(b_factors) (m, r): LSR-Adapt's update.
+def separated_grads(factors: Sequence[Tensor], G: Tensor) -> list[Tensor]:
+    """The gradients of the factors, given G, the gradient of separated_sum(factors)."""
+    if len(factors) == 1:
+        return [G.expand_as(factors[0])]
+    if len(factors) == 2:
+        gP, gQ = merged_grads(G, Terms(*(f.to(G.dtype) for f in factors)), (True, True))
+        return [cast(Tensor, gP), cast(Tensor, gQ)]
+    with torch.enable_grad():
+        leaves = [f.detach().requires_grad_() for f in factors]
+        return list(torch.autograd.grad(separated_sum(leaves), leaves, G.to(leaves[0].dtype)))
 
-    Args:
-        x: (..., n).
-        a_factors: the factors of A.
-        b_factors: the factors of B.
 
-    Returns:
-        (..., m).
-    """
-    return F.linear(F.linear(x, separated_sum(a_factors)), separated_sum(b_factors))
+def separated_shape(factors: Sequence[Tensor]) -> tuple[int, int]:
+    """The shape of separated_sum(factors)."""
+    return math.prod(f.shape[1] for f in factors), math.prod(f.shape[2] for f in factors)
 
 
 def term_norms(factors: Sequence[Tensor]) -> Tensor:

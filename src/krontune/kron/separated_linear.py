@@ -1,0 +1,120 @@
+"""A frozen linear layer plus LSR-Adapt's update, as one differentiable operation that keeps only its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from krontune.errors import ShapeError
+from krontune.kron.autograd import cast_to, flat, plain_grads, to_compute, without_autocast
+from krontune.kron.separation import check_factors, separated_grads, separated_shape, separated_sum
+
+
+def separated_linear(
+    x: Tensor,
+    a_factors: Sequence[Tensor],
+    b_factors: Sequence[Tensor],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """x @ (weight + scale * B A)^T + bias with A, B as separated representations: LSR-Adapt's layer.
+
+    Equations 3 and 4 of arXiv:2502.13568. Each of A and B is built from its factors by one small GEMM; then come two
+    skinny products, as in LoRA. The backward keeps x and the factors alone and builds the rest again. Differentiable
+    twice.
+
+    Args:
+        x: (..., n).
+        a_factors: d tensors (s, r_i, n_i), any float dtype; A = separated_sum(a_factors) is (r, n).
+        b_factors: d tensors (s, m_i, r_i); B = separated_sum(b_factors) is (m, r).
+        weight: (m, n), or None for the update alone.
+        bias: (m,), or None.
+        scale: multiplies the update; dimensionless.
+
+    Returns:
+        (..., m), dtype of x (under autocast, autocast's).
+
+    Raises:
+        ShapeError: sizes that do not fit together.
+
+    Cost: s*(r*n + m*r) multiply-adds, and r*(m + n) per row; three times that with the backward.
+    """
+    check_factors(a_factors)
+    check_factors(b_factors)
+    (r, n), (m, columns) = separated_shape(a_factors), separated_shape(b_factors)
+    if x.shape[-1] != n or r != columns or (weight is not None and weight.shape != (m, n)):
+        raise ShapeError(
+            f"x is {tuple(x.shape)}, A ({r}, {n}), B ({m}, {columns}), weight "
+            f"{None if weight is None else tuple(weight.shape)}; they must be (..., n), (r, n), (m, r) and (m, n)."
+        )
+    x = to_compute(x)
+    inputs: tuple[Any, ...] = (x, weight, bias, scale, len(a_factors), *a_factors, *b_factors)
+    if torch.compiler.is_compiling():
+        return _separated_plain(*inputs)
+    backward = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    with without_autocast(x):
+        return (_SeparatedLinear.apply if backward else _separated_forward)(*inputs)
+
+
+def _low_rank(factors: tuple[Tensor, ...], d: int, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (r, n) and scale * B (m, r), of the factors of both."""
+    return separated_sum(factors[:d]).to(dtype), (scale * separated_sum(factors[d:])).to(dtype)
+
+
+def _separated_plain(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d: int, *factors: Tensor
+) -> Tensor:
+    """In differentiable torch operations alone."""
+    A, B = _low_rank(factors, d, scale, x.dtype)
+    W, b, h = cast_to(weight, x), cast_to(bias, x), F.linear(x, A)
+    return F.linear(h, B, b) if W is None else F.linear(x, W, b) + F.linear(h, B)
+
+
+def _separated_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d: int, *factors: Tensor
+) -> Tensor:
+    """The same in fewer passes over memory: the update is added into the weight's product."""
+    A, B = _low_rank(factors, d, scale, x.dtype)
+    W, b, rows = cast_to(weight, x), cast_to(bias, x), flat(x)
+    h = F.linear(rows, A)
+    y = F.linear(h, B, b) if W is None else F.linear(rows, W, b).addmm_(h, B.mT)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _SeparatedLinear(torch.autograd.Function):
+    """`_separated_forward`, with a backward that keeps the inputs and nothing else."""
+
+    forward = staticmethod(_separated_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, bias, ctx.scale, ctx.d, *factors = inputs
+        ctx.save_for_backward(x, weight, bias, *factors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *factors = ctx.saved_tensors
+        inputs = (x, weight, bias, ctx.scale, ctx.d, *factors)
+        with without_autocast(x):
+            if torch.is_grad_enabled():  # create_graph=True
+                return plain_grads(_separated_plain, g, inputs, ctx.needs_input_grad)
+            need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
+            A, B = _low_rank(tuple(factors), ctx.d, ctx.scale, x.dtype)
+            rows, g = flat(x), flat(g)
+            gh = g @ B
+            gx = None
+            if need_x:
+                gx = gh @ A if weight is None else (g @ weight.to(x.dtype)).addmm_(gh, A)
+                gx = gx.view(x.shape)
+            g_factors: list[Tensor | None] = [None] * len(factors)
+            if any(need_factors):
+                gA, gB = gh.mT @ rows, ctx.scale * (g.mT @ (rows @ A.mT))
+                g_factors = [*separated_grads(factors[: ctx.d], gA), *separated_grads(factors[ctx.d :], gB)]
+            g_weight = g.mT @ rows if need_weight else None
+            g_bias = g.sum(0) if need_bias else None
+        return (gx, g_weight, g_bias, None, None, *g_factors)
