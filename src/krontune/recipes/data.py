@@ -102,7 +102,7 @@ def _check_jsonl(path: Path) -> None:
 def _choose_columns(rows: Dataset, settings: DataSettings, source: str) -> Dataset:
     """Keep the columns of one kind, taking each from where `settings.columns` says: a column, or a template."""
     available = rows.column_names
-    chosen: dict[str, str] = {**settings.columns}
+    chosen: dict[str, str] = {str(name): maker for name, maker in settings.columns.items()}
     for kind in KINDS:
         if all(name in chosen or name in available for name in kind):
             break

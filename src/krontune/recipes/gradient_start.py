@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from peft import PeftConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from krontune import preprocess_gradient
 
 from .data import Examples
+from .models import Base
 
 EXAMPLES = 128
 
 
-def prepare_gradient_start(
-    method: PeftConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, examples: Examples
-) -> None:
-    """Leave the mean gradient of the first `EXAMPLES` rows on `model` for get_peft_model to take.
+def prepare_gradient_start(method: PeftConfig, base: Base, args: SFTConfig, examples: Examples) -> None:
+    """Leave the mean gradient of the first `EXAMPLES` rows on the model for get_peft_model to take.
 
     Does nothing for a method without that start. The loss is the trainer's own: same rendering, same mask.
     """
     if getattr(method, "init_weights", None) != "gradient":
         return
     rows = examples.train.select(range(min(EXAMPLES, len(examples.train))))
-    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    model = base.model
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=base.tokenizer)
 
     def train_step() -> None:
         for batch in trainer.get_train_dataloader():

@@ -77,6 +77,23 @@ def model_source(path: str, gguf_file: str | None = None) -> ModelSource:
     return ModelSource(path, gguf_file)
 
 
+class Base(NamedTuple):
+    """A base model, loaded."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_base(settings: ModelSettings) -> Base:
+    """The model and its tokenizer.
+
+    Raises:
+        ConfigError: one of them cannot be found or read.
+    """
+    tokenizer = load_tokenizer(settings)
+    return Base(load_model(settings), tokenizer)
+
+
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 

@@ -104,8 +104,8 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most steps; one that was cut short by a kill is passed over."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if path.name[11:].isdigit() and _complete(path)]
-        return max(found, key=lambda path: int(path.name[11:]), default=None)
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if checkpoint_step(path) and _complete(path)]
+        return max(found, key=checkpoint_step, default=None)
 
     def _check_same(self, config: RunConfig) -> None:
         before, now = RunConfig.from_mapping(read_yaml(self.config), str(self.config)).to_mapping(), config.to_mapping()
@@ -135,6 +135,12 @@ def environment() -> dict[str, Any]:
 def folder_bytes(folder: Path, pattern: str = "*") -> int:
     """Bytes of the files in a folder whose names match."""
     return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; 0 for a folder that is not named as one."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else 0
 
 
 def _complete(checkpoint: Path) -> bool:

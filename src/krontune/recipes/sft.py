@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from krontune.errors import ConfigError, KrontuneError
@@ -23,8 +23,8 @@ from .config import RunConfig
 from .data import Examples, is_chat, load_data
 from .gradient_start import prepare_gradient_start
 from .methods import check_settings, peft_config
-from .models import check_chat_template, load_model, load_tokenizer
-from .runs import RunFolder, environment, folder_bytes
+from .models import Base, check_chat_template, load_base
+from .runs import RunFolder, checkpoint_step, environment, folder_bytes
 
 # Set by the run config itself, in one place each.
 OWN_SETTINGS = {
@@ -40,7 +40,9 @@ LEARNING_RATES = {"lsr": 6e-3, "soka": 2e-3}
 LEARNING_RATE = 2e-4
 
 
-def train(config: RunConfig, *, force: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> RunRecord:
+def train(
+    config: RunConfig, *, force: bool = False, callbacks: Sequence[TrainerCallback] = (), base: Base | None = None
+) -> RunRecord:
     """Fine-tune as `config` says and fill its run folder (see krontune.recipes.runs).
 
     SIGINT and SIGTERM end the run after the current step with a checkpoint. Under `accelerate launch` every process
@@ -50,6 +52,7 @@ def train(config: RunConfig, *, force: bool = False, callbacks: Sequence[Trainer
         config: the run.
         force: replace a run that is already in the output folder.
         callbacks: more callbacks for the trainer, such as a progress bar.
+        base: the model that `config.model` names, if it is loaded already; the adapter is put into it, in place.
 
     Returns:
         The run's record, also in OUTPUT/record.json.
@@ -66,13 +69,12 @@ def train(config: RunConfig, *, force: bool = False, callbacks: Sequence[Trainer
             folder.check(config, force)
         set_seed(config.seed)
         examples = load_data(config.data)
-        tokenizer = load_tokenizer(config.model)
+        base = base or load_base(config.model)
         if is_chat(examples.train) and not args.chat_template_path:
-            check_chat_template(tokenizer)
-        model = load_model(config.model)
+            check_chat_template(base.tokenizer)
         if args.process_index == 0:
             folder.start(config, force)
-        return fit(config, args, method, model, tokenizer, examples, stop=stop, callbacks=callbacks)
+        return _fit(config, args, method, base, examples, stop, callbacks)
 
 
 def sft_arguments(config: RunConfig, folder: RunFolder) -> SFTConfig:
@@ -109,39 +111,35 @@ def sft_arguments(config: RunConfig, folder: RunFolder) -> SFTConfig:
         raise ConfigError(f"training settings: {str(error).strip()}") from None
 
 
-def fit(
+def _fit(
     config: RunConfig,
     args: SFTConfig,
     method: PeftConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
     examples: Examples,
-    *,
     stop: StopOnSignal,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Sequence[TrainerCallback],
 ) -> RunRecord:
-    """Train an adapter on a loaded model and write the results; `model` becomes the adapter's base, in place.
-
-    Raises:
-        Interrupted: stopped by a signal.
-    """
     folder = RunFolder(config.output)
     checkpoint = folder.latest_checkpoint() if config.resume else None
     set_seed(config.seed)  # the adapter's start depends on nothing that was drawn before
-    n_base = sum(parameter.numel() for parameter in model.parameters())
-    adapted = _with_adapter(method, model, tokenizer, args, examples)
+    n_base = sum(parameter.numel() for parameter in base.model.parameters())
+    adapted = _with_adapter(method, base, args, examples)
     timer = StepTimer()
     trainer = SFTTrainer(
         model=adapted,
         args=args,
         train_dataset=examples.train,
         eval_dataset=examples.eval,
-        processing_class=tokenizer,
+        processing_class=base.tokenizer,
         callbacks=[stop, MetricsFile(folder.metrics), timer, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and 0 < args.max_steps <= checkpoint_step(checkpoint):
+        _take_over(trainer, adapted, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     wall_s = time.perf_counter() - begin
     step = trainer.state.global_step
     if stop.received is not None and step < trainer.state.max_steps:
@@ -154,17 +152,21 @@ def fit(
     return record
 
 
-def _with_adapter(
-    method: PeftConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, examples: Examples
-) -> PeftModel:
+def _with_adapter(method: PeftConfig, base: Base, args: SFTConfig, examples: Examples) -> PeftModel:
     """PEFT's errors about the model (no module matched, shapes) are about the user's settings."""
     try:
-        prepare_gradient_start(method, model, tokenizer, args, examples)
-        return get_peft_model(model, method)
+        prepare_gradient_start(method, base, args, examples)
+        return get_peft_model(base.model, method)
     except KrontuneError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _take_over(trainer: SFTTrainer, model: PeftModel, checkpoint: Path) -> None:
+    """Take a checkpoint of the last step for the result; the trainer itself would do one step more."""
+    model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _save_adapter(trainer: SFTTrainer, adapter: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .files import whole_file
 from .records import RunRecord
@@ -49,6 +50,7 @@ def draw_loss(axes: Axes, record: RunRecord, color: str) -> None:
         steps, losses = np.array(logged).T
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
         axes.plot(steps, _smooth(losses), color=color, linewidth=2, label=record.name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     held_out = [(row["step"], row["eval_loss"]) for row in record.history if "eval_loss" in row]
     if held_out:
         axes.plot(*np.array(held_out).T, "o", color=color, markersize=4, label=f"{record.name}, held out")
@@ -72,8 +74,8 @@ def _bars(axes: Axes, records: Sequence[RunRecord], values: list[float], colors:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a tenth of the curve, with a window that shrinks at the ends."""
-    half = max(1, len(values) // 20)
+    """Centred moving average over a tenth of the curve (none below 20 values); its window shrinks at the ends."""
+    half = len(values) // 20
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 

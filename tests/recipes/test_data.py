@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from krontune.errors import ConfigError
+from krontune.recipes.config import DataSettings
+from krontune.recipes.data import is_chat, load_data
+
+ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(5)]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_the_same_rows_from_every_format(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, ROWS)
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        Dataset.from_list(ROWS).to_parquet(path)
+    examples = load_data(DataSettings(train=str(path)))
+    assert examples.train.to_list() == ROWS
+    assert examples.eval is None
+
+
+def test_columns_by_name_and_by_template(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "1+1?", "hint": "add", "answer": "2"}])
+    columns = {"prompt": "Q: {question} ({hint})\nA:", "completion": "answer"}
+    rows = load_data(DataSettings(train=str(path), columns=columns)).train.to_list()
+    assert rows == [{"prompt": "Q: 1+1? (add)\nA:", "completion": "2"}]
+
+
+def test_chat_wraps_prompt_and_completion(jsonl: Path) -> None:
+    rows = load_data(DataSettings(train=str(jsonl), chat=True, system="Be brief.")).train
+    assert is_chat(rows)
+    assert rows[0] == {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q0"}],
+        "completion": [{"role": "assistant", "content": "a0"}],
+    }
+
+
+def test_messages_are_kept(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = write_jsonl(tmp_path / "m.jsonl", [{"messages": messages, "id": 1}])
+    rows = load_data(DataSettings(train=str(path))).train
+    assert rows.to_list() == [{"messages": messages}]
+    assert is_chat(rows)
+
+
+def test_eval_file_and_limit(jsonl: Path, tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "eval.jsonl", ROWS[:3])
+    examples = load_data(DataSettings(train=str(jsonl), eval=str(held_out), limit=2))
+    assert examples.train.to_list() == ROWS[:2]
+    assert examples.eval is not None and examples.eval.to_list() == ROWS[:2]
+    assert not is_chat(examples.train)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n', r"rows.jsonl, line 2: not JSON"),
+        ('{"prompt": "a", "completion": "b"}\n[1]\n', r"line 2: a JSON object is needed"),
+        ("", "is empty"),
+        ('{"prompt": "a", "completion": null}\n', "1 of 1 rows have no completion"),
+        ('{"prompt": "a", "completion": 3}\n', "completion must be text; the first row has 3"),
+        ('{"messages": "hello"}\n', "messages must be a list of {role, content}"),
+        ('{"question": "a", "answer": "b"}\n', "has the columns question, answer; needed are prompt and completion"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_data(DataSettings(train=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": "missing.jsonl"}, "no such data file: missing.jsonl"),
+        ({"train": "/etc/hostname"}, "data files are .csv, .json, .jsonl, .parquet"),
+        ({"train": "nobody/nothing"}, "cannot load the data set 'nobody/nothing', split 'train'"),
+    ],
+)
+def test_bad_sources(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_data(DataSettings(**settings))
+
+
+def test_a_column_that_is_not_there(jsonl: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no column 'promt'. Did you mean 'prompt'\?"):
+        load_data(DataSettings(train=str(jsonl), columns={"prompt": "{promt}!"}))
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match=r"cannot read .*x\.parquet"):
+        load_data(DataSettings(train=str(path)))
