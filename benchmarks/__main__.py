@@ -68,6 +68,7 @@ def _environment(threads: int) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler, which counts the memory, talks much
 
 
