@@ -26,10 +26,39 @@ from tests.tuners.helpers import METHODS, VARIANTS
 VOCAB = 96
 
 
-def _build(auto_class: Any, config: Any) -> PreTrainedModel:
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **_TOKENS,
+}
+_MIXTRAL = {**_LLAMA, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+_T5 = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0, **_TOKENS}
+_BERT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: AutoModelForCausalLM.from_config(LlamaConfig(**_LLAMA, tie_word_embeddings=False)),
+    "tied": lambda: AutoModelForCausalLM.from_config(LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+    "mixtral": lambda: AutoModelForCausalLM.from_config(MixtralConfig(**_MIXTRAL)),
+    "gpt2": lambda: AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=2, n_positions=64, **_TOKENS)
+    ),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **_T5)),
+    "bert": lambda: AutoModelForSequenceClassification.from_config(
+        BertConfig(vocab_size=VOCAB, max_position_embeddings=64, **_BERT)
+    ),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    """One of MODELS, always with the same weights."""
     torch.manual_seed(0)
-    build = getattr(auto_class, "from_config", auto_class)
-    model: PreTrainedModel = build(config)
+    model = MODELS[name]()
     with torch.no_grad():
         for parameter in model.parameters():  # the usual std of 0.02 makes every output nearly the same
             if parameter.dim() > 1:
@@ -39,39 +68,7 @@ def _build(auto_class: Any, config: Any) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def _models() -> dict[str, PreTrainedModel]:
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    llama = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        **tokens,
-    }
-    gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=2, n_positions=64, **tokens)
-    t5 = T5Config(
-        vocab_size=VOCAB, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, **tokens
-    )
-    bert = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
-        max_position_embeddings=64,
-    )
-    mixtral = MixtralConfig(**{**llama, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2)
-    return {
-        "llama": _build(AutoModelForCausalLM, LlamaConfig(**llama, tie_word_embeddings=False)),
-        "tied": _build(AutoModelForCausalLM, LlamaConfig(**llama, tie_word_embeddings=True)),
-        "gpt2": _build(AutoModelForCausalLM, gpt2),
-        "mixtral": _build(AutoModelForCausalLM, mixtral),
-        "t5": _build(T5ForConditionalGeneration, t5),
-        "bert": _build(AutoModelForSequenceClassification, bert),
-    }
+    return {}
 
 
 @pytest.fixture
@@ -79,6 +76,8 @@ def tiny(_models: dict[str, PreTrainedModel]) -> Callable[..., PreTrainedModel]:
     """tiny("llama", dtype): a fresh copy of a tiny model."""
 
     def copy_of(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        if name not in _models:
+            _models[name] = build(name)
         return copy.deepcopy(_models[name]).to(dtype)
 
     return copy_of

@@ -70,6 +70,17 @@ def test_only_the_active_adapter_trains(batch, two):
     assert trainable and all(".other" in name for name in trainable)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_added_adapter_does_not_train(tiny, method, dtype):
+    """Until it is activated; on a half-precision base, too, where PEFT casts it after it is made."""
+    model = adapted(tiny("llama", dtype), method(target_modules=TARGETS))
+    model.add_adapter("other", method(target_modules=TARGETS))
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable and all(".default" in name for name in trainable)
+    model.add_weighted_adapter(["default", "other"], [1, 1], "sum")
+    assert trainable == [n for n, p in model.named_parameters() if p.requires_grad]
+
+
 def test_delete(tiny, batch, two):
     two.delete_adapter("default")
     assert list(two.peft_config) == ["other"]

@@ -111,23 +111,20 @@ class KronLayer(_peft.BaseTunerLayer):
             base_dtype = torch.float32
         self.allocate(adapter, spec, start, dtype or base_dtype, device)
         (self._awaiting.add if start is None else self._awaiting.discard)(adapter)
-        for name in self.adapter_layer_names:
-            entry = getattr(self, name)[adapter]
-            for parameter in [entry] if isinstance(entry, nn.Parameter) else entry.parameters():
-                parameter.requires_grad_(trainable)
+        self.set_requires_grad(adapter, trainable)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, and never cast: PEFT's own casts to the base's dtype, which would round what a checkpoint brought."""
         if adapter_name not in self.specs:
             return
         device = device or self.base_parameter.device
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            container = getattr(self, name)
-            if isinstance(container, (nn.ModuleDict, nn.ParameterDict, _peft.BufferDict)) and device.type != "meta":
-                entry = container[adapter_name]
-                tensors = [entry] if isinstance(entry, Tensor) else list(entry.parameters())
-                if not any(t.is_meta for t in tensors):
-                    container[adapter_name] = entry.to(device)
+        for factor in self.factors(adapter_name):
+            if not factor.is_meta and device.type != "meta":
+                factor.data = factor.data.to(device)
+
+    def is_trainable(self, adapter: str) -> bool:
+        """Whether the adapter's factors take gradients."""
+        return any(factor.requires_grad for factor in self.factors(adapter))
 
     def check_loaded(self, adapters: Iterable[str]) -> None:
         """Raise CheckpointError for one that was built for a checkpoint which was not loaded. Looks until it was."""

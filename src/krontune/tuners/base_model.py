@@ -151,6 +151,14 @@ class KronModel(_peft.BaseTuner):
             paths = {name: path for name, path, _ in self._named_layers()}
             config.resolved = {name: _entry(base[name], resolved[name], name, paths[name]) for name in self._targets}
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's own makes new parameters where it casts, and those of a ParameterDict come out trainable."""
+        layers = [layer for _, _, layer in self._named_layers() if adapter_name in layer.specs]
+        trainable = [layer.is_trainable(adapter_name) for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, requires_grad in zip(layers, trainable, strict=True):
+            layer.set_requires_grad(adapter_name, requires_grad)
+
     def _describe(self, layer: KronLayer) -> dict:
         return {"shape": list(layer.matrix_shape), "base": fingerprint(layer.base_parameter, layer.storage())}
 
