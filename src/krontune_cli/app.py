@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from krontune_cli import demo, plan, train
+from krontune_cli import compare, demo, plan, spectrum, train
 
 app = typer.Typer(
     name="krontune",
@@ -19,7 +19,9 @@ app = typer.Typer(
 )
 app.command("train")(train.command)
 app.command("demo")(demo.command)
+app.command("compare")(compare.command)
 app.command("plan")(plan.command)
+app.command("spectrum")(spectrum.command)
 
 
 def _version(wanted: bool) -> None:

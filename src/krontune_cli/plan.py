@@ -19,6 +19,7 @@ from krontune_cli.sources import (
     matching,
     open_model,
 )
+from krontune_cli.tables import make_table
 from krontune_cli.terminal import console, one_line_errors, print_json, quiet_libraries
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def command(
 ) -> None:
     """Plan an adapter for a budget of parameters, or see what given ranks cost.
 
-    Prints factor shapes, ranks, exact parameter counts, bytes, multiply-adds and training memory for each kind of module,
-    and writes the adapter_config.json that realises the plan. The model's weights are read for SoKA alone, where they are
-    at hand: its terms then go where the spectra hold most.
+    Prints factor shapes, ranks, exact parameter counts, bytes, multiply-adds and training memory for each kind of
+    module, and writes the adapter_config.json that realises the plan. The weights are read for SoKA alone, where they
+    are at hand: its terms then go where the spectra hold most.
     """
     quiet_libraries(progress=False)
     with one_line_errors():
@@ -146,7 +147,7 @@ def _show(plan: Plan, model: str, from_weights: bool) -> None:
 
 def _table(kinds: list[dict[str, Any]], title: str) -> Table:
     """One row a kind of module; its ranks may differ from layer to layer."""
-    from krontune_cli.tables import layers_text, make_table, range_text, short_names
+    from krontune.report.words import layers_text, range_text, short_names
 
     groups: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds:
@@ -165,12 +166,14 @@ def _table(kinds: list[dict[str, Any]], title: str) -> Table:
         for name, group in groups.items()
     ]
     s = ["s"] if kinds[0]["separation_rank"] else []
-    return make_table(["module", "layers", "weight", "r", *s, "parameters", "MACs a token"], rows, title, text_columns=3)
+    return make_table(
+        ["module", "layers", "weight", "r", *s, "parameters", "MACs a token"], rows, title, text_columns=3
+    )
 
 
 def _factors(kinds: list[dict[str, Any]]) -> Table:
     """One row a choice of factors; the product's path may differ with the rank."""
-    from krontune_cli.tables import make_table, range_text
+    from krontune.report.words import range_text
 
     groups: dict[tuple[str, str, str], list[int]] = {}
     for kind in kinds:

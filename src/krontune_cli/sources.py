@@ -21,12 +21,14 @@ ModelArgument = Annotated[
 TargetOption = Annotated[
     str | None,
     typer.Option(
-        "--target-modules", help="Names with commas between them, a regex, or all-linear. Default: PEFT's for the model."
+        "--target-modules",
+        help="Names with commas between, a regex, or all-linear. Default: PEFT's for the model.",
     ),
 ]
 ExcludeOption = Annotated[str | None, typer.Option("--exclude-modules", help="Names or a regex to leave alone.")]
 LayersOption = Annotated[
-    str | None, typer.Option("--layers", metavar="0-3,8", help="Indices of the layers to adapt; needs names as targets.")
+    str | None,
+    typer.Option("--layers", metavar="0-3,8", help="The layers to adapt; needs names as targets."),
 ]
 TaskOption = Annotated[
     str | None, typer.Option("--task", help="PEFT's task type, such as CAUSAL_LM or SEQ_CLS; adds the task's head.")

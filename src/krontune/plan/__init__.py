@@ -10,6 +10,7 @@ from krontune.plan.planner import soka_ranks as soka_ranks
 from krontune.plan.spectra import Spectrum as Spectrum
 from krontune.plan.spectra import parse_shapes as parse_shapes
 from krontune.plan.spectra import spectrum as spectrum
+from krontune.plan.spectra import spectrum_report as spectrum_report
 from krontune.plan.targets import Match as Match
 from krontune.plan.targets import Target as Target
 from krontune.plan.targets import find_targets as find_targets

@@ -31,10 +31,9 @@ def parse_amount(text: str | int | float, whole: int | None = None, unit: str = 
     except ValueError:
         number = 0.0
     suffix = match[2].lower() if match else ""
+    factor = float(_UNITS.get(suffix, 0))
     if suffix == unit and whole is not None:
         factor = whole / 100 if unit == "%" else whole
-    else:
-        factor = _UNITS.get(suffix, 0)
     amount = int(round(number * factor, 6))
     if amount < 1:
         share = "" if whole is None else f" or a share such as 0.5{unit}"

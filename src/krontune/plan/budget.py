@@ -52,9 +52,9 @@ def lsr_ranks(
 ) -> tuple[int, list[int]]:
     """The separation rank and every module's rank for LSR.
 
-    Both free: the (r, s) nearest to s = r / 2 (see TERMS_PER_RANK), those that use the budget to 99% preferred. Where more
-    than that is left, the last modules are raised to the next rank while it fits. A pair that has more parameters than
-    the LoRA of rank r is taken only where there is no other.
+    Both free: the (r, s) nearest to s = r / 2 (see TERMS_PER_RANK), those that use the budget to 99% preferred. Where
+    more is left, the last modules are raised to the next rank while it fits. A pair that has more parameters than the
+    LoRA of rank r is taken only where there is no other.
 
     Args:
         cost: r -> parameters of each module at separation rank 1.

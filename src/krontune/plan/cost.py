@@ -82,9 +82,9 @@ class ModulePlan:
         return f"A {_size((spec.r, spec.n))}, B {_size((spec.m, spec.r))}"
 
 
-def soka_path(spec: SokaSpec, tokens: int, device: str = "cpu") -> tuple[str, float]:
-    """The product's expected path in training, and its multiply-adds a token in a forward, for the update's 2K terms."""
-    path = choose_path(tokens, spec.shape, 2 * spec.r, spec.r, device=device)
+def soka_path(spec: SokaSpec, tokens: int) -> tuple[str, float]:
+    """The product's expected path in training, and its multiply-adds a token in a forward: 2K terms."""
+    path = choose_path(tokens, spec.shape, 2 * spec.r, spec.r)
     work = path_work(path, tokens, spec.shape, 2 * spec.r, 0)
     return path, (work.gemm + work.batched) / tokens
 

@@ -21,6 +21,8 @@ from krontune.plan.spectra import spectrum
 from krontune.plan.targets import Match, Target, base_weights, find_targets, rank_pattern
 from krontune.report.files import write_json
 from krontune.tuners import LsrConfig, SokaConfig
+from krontune.tuners.lsr import LsrSpec
+from krontune.tuners.soka import SokaSpec
 from krontune.weights import Weights
 
 METHODS = ("lsr", "soka", "lora")
@@ -134,8 +136,8 @@ def plan(
     Args:
         model: the base model.
         method: "lsr", "soka" or "lora".
-        budget: trained parameters of the updates, such as 990000, "0.99M" or "0.5%" of the base; None plans the given or
-            default ranks.
+        budget: trained parameters of the updates, such as 990000, "0.99M" or "0.5%" of the base; None plans
+            the given or default ranks.
         r: a rank to keep: LSR's and LoRA's rank, SoKA's number of terms.
         separation_rank: LSR's s to keep.
         factor_shape: SoKA's; an int is p.
@@ -191,7 +193,7 @@ def _plan_lsr(
         def cost(rank: int) -> list[int]:
             return [unit.spec_for(t.m, t.n, rank, t.experts).n_params for t in targets]
 
-        s, ranks = lsr_ranks(cost, sum(LoraSpec(1, t.m, t.n, t.experts).n_params for t in targets), budget, r, s)
+        s, ranks = lsr_ranks(cost, sum(_lora(t, 1) for t in targets), budget, r, s)
     common_rank = _most_common(ranks)
     pattern = rank_pattern(targets, ranks, common_rank)
     config = LsrConfig(r=common_rank, separation_rank=s, rank_pattern=pattern, **common)
@@ -226,14 +228,15 @@ def _plan_lora(
     if budget is None:
         ranks = [r or LoraConfig().r] * len(targets)
     else:
-        units = [LoraSpec(1, t.m, t.n, t.experts).n_params for t in targets]
+        units = [_lora(t, 1) for t in targets]
         ranks = even_ranks(units, budget, [min(t.m, t.n) for t in targets])
     common_rank = _most_common(ranks)
     pattern = rank_pattern(targets, ranks, common_rank)
     if common.pop("train_norms", False):
         raise ConfigError("train_norms is krontune's; for a LoRA name the norms in modules_to_save.")
-    # lora_alpha = r for every module: a scale of 1 whatever the rank
-    config = LoraConfig(r=common_rank, lora_alpha=common_rank, rank_pattern=pattern, alpha_pattern=dict(pattern), **common)
+    config = LoraConfig(
+        r=common_rank, lora_alpha=common_rank, rank_pattern=pattern, alpha_pattern=dict(pattern), **common
+    )
     return config, [ModulePlan(t, LoraSpec(k, t.m, t.n, t.experts)) for t, k in zip(targets, ranks)]
 
 
@@ -249,27 +252,33 @@ def _notes(modules: list[ModulePlan], budget: int | None) -> list[str]:
     used = sum(module.n_params for module in modules)
     if budget is not None and used < 0.98 * budget:
         notes.append(
-            f"{used / budget:.1%} of the budget is used: the next step up does not fit. Leave r and separation_rank out, "
-            "or change the budget, to come closer."
+            f"{used / budget:.1%} of the budget is used: the next step up does not fit. Leave r and separation_rank "
+            "out, or change the budget, to come closer."
         )
-    wasteful = [m for m in modules if m.n_params > LoraSpec(m.spec.r, m.target.m, m.target.n, m.target.experts).n_params]
-    if wasteful and not isinstance(modules[0].spec, LoraSpec) and hasattr(wasteful[0].spec, "separation_rank"):
+    wasteful = [m for m in modules if isinstance(m.spec, LsrSpec) and m.n_params > _lora(m.target, m.spec.r)]
+    if wasteful:
         notes.append(
-            f"{len(wasteful)} of {len(modules)} modules have more parameters than the LoRA of their rank, which can do at "
-            "least as much. Lower separation_rank or raise r."
+            f"{len(wasteful)} of {len(modules)} modules have more parameters than the LoRA of their rank, which can do "
+            "at least as much. Lower separation_rank or raise r."
         )
     prime = sorted({m.target.kind for m in modules if _has_no_structure(m)})
     if prime:
-        notes.append(f"a factor of 1 in {', '.join(prime)}: the size does not split, so the term has no structure there.")
+        notes.append(
+            f"a factor of 1 in {', '.join(prime)}: the size does not split, so the term has no structure there."
+        )
     return notes
 
 
 def _has_no_structure(module: ModulePlan) -> bool:
     spec = module.spec
-    if isinstance(spec, LoraSpec):
-        return False
-    sizes = (*spec.left, *spec.right) if hasattr(spec, "left") else (*spec.in_factors, *spec.out_factors)
-    return 1 in sizes
+    if isinstance(spec, SokaSpec):
+        return 1 in (*spec.left, *spec.right)
+    return isinstance(spec, LsrSpec) and 1 in (*spec.in_factors, *spec.out_factors)
+
+
+def _lora(target: Target, r: int) -> int:
+    """Parameters of a LoRA of rank r."""
+    return LoraSpec(r, target.m, target.n, target.experts).n_params
 
 
 def _kind_record(group: list[ModulePlan], tokens: int) -> dict[str, Any]:

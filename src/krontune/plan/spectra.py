@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from krontune.errors import CheckpointError, ConfigError, ShapeError
-from krontune.kron import FactorShape, KronShape, nearest_kron, resolve_shape, select_rank
+from krontune.kron import FactorShape, KronShape, budget_ranks, nearest_kron, resolve_shape, select_rank
 from krontune.kron.sorting import channel_order
+from krontune.kron.spectrum import ELBOW_ACCEPTED, RULES
 from krontune.plan.targets import Target
 from krontune.tuners.checkpoint import fingerprint
 from krontune.tuners.hosts import host_of
@@ -51,14 +52,21 @@ class Spectrum:
 
     @property
     def noise_edge(self) -> float:
-        """The largest singular value that noise of the residual's variance would have: sigma above it is structure.
+        """The largest singular value that noise would have: sigma above it is structure.
 
-        sqrt(v) * (sqrt(p) + sqrt(q)) for R(W) of (p, q), v the mean square of what the computed terms leave.
+        sqrt(v) * (sqrt(p) + sqrt(q)) for R(W) of (p, q), the edge of the Marchenko-Pastur law, v the mean square of
+        what is left once the terms above the edge are taken out; found by repeating that until it stands still.
         """
         p, q = self.shape.m1 * self.shape.n1, self.shape.m2 * self.shape.n2
-        left = max(self.energy - sum(s * s for s in self.sigma), 0.0)
-        entries = max(p * q - len(self.sigma) * (p + q), 1) * (self.experts or 1)
-        return math.sqrt(left / entries * (self.experts or 1)) * (math.sqrt(p) + math.sqrt(q))
+        above = 0
+        while True:
+            left = max(self.energy - sum(s * s for s in self.sigma[:above]), 0.0)
+            freedom = max(p * q - above * (p + q), 1)
+            edge = math.sqrt(left / freedom) * (math.sqrt(p) + math.sqrt(q))
+            more = sum(s > edge for s in self.sigma)
+            if more <= above:
+                return edge
+            above = more
 
     def to_dict(self, rule: str = "spectrum", theta: float = 0.9, k_max: int | None = None) -> dict[str, Any]:
         """Everything about it, with the rank that a rule chooses, as JSON-ready values."""
@@ -67,6 +75,7 @@ class Spectrum:
         return {
             **asdict(self),
             "shape": list(self.shape),
+            "p": self.shape.n1 if self.shape.n1 == self.shape.m2 else None,
             "n_params_per_term": self.n_params,
             "share_at": {str(k): self.share(k) for k in ENERGY_AT if k <= len(self.sigma)},
             "noise_edge": edge,
@@ -74,9 +83,53 @@ class Spectrum:
             "energy_rank": choice.energy_rank,
             "elbow_rank": choice.elbow_rank,
             "elbow_strength": choice.elbow_strength,
+            "elbow_accepted": ELBOW_ACCEPTED,
+            "theta": theta,
             "rank": choice.rank,
             "reason": choice.reason,
         }
+
+
+def spectrum_report(
+    spectra: Sequence[Spectrum],
+    rule: str = "spectrum",
+    theta: float = 0.9,
+    k_max: int | None = None,
+    budget: int | None = None,
+) -> dict[str, Any]:
+    """The spectra with the rank that a rule chooses for each, as JSON-ready values.
+
+    Args:
+        spectra: what `spectrum` returned; the first one's factor shape, unsorted, is the one ranks are chosen for.
+        rule: "energy", "elbow", "spectrum" (the smaller of both), or "budget".
+        theta: the energy threshold.
+        k_max: the largest rank of a rule.
+        budget: parameters in all, for "budget".
+
+    Raises:
+        ConfigError: an unknown rule, or a budget without the rule "budget" or the other way round.
+    """
+    if rule not in (*RULES, "budget"):
+        raise ConfigError(f"rule {rule!r} is unknown; allowed: {', '.join(RULES)}, budget.")
+    if (rule == "budget") != (budget is not None):
+        raise ConfigError(
+            f"rule {rule!r} and budget {budget} do not go together: give rule='budget' and a budget, or none."
+        )
+    if not 0 < theta <= 1:
+        raise ConfigError(f"theta = {theta} is out of range; it must be in (0, 1].")
+    layers = [s.to_dict("spectrum" if rule == "budget" else rule, theta, k_max) for s in spectra]
+    main = spectra[0].label if spectra else None
+    if budget is not None and spectra:
+        chosen = [i for i, s in enumerate(spectra) if s.label == main and s.channel_sort is None]
+        tops = [torch.tensor(spectra[i].sigma) for i in chosen]
+        units, energies = [spectra[i].n_params for i in chosen], [spectra[i].energy for i in chosen]
+        for i, rank in zip(chosen, budget_ranks(tops, energies, units, budget)):
+            layers[i].update(rank=rank, reason=f"{spectra[i].share(rank):.1%} of the energy, within the budget")
+    settings = {"rule": rule, "theta": theta, "k_max": k_max, "budget": budget}
+    settings["terms"] = max((len(s.sigma) for s in spectra), default=0)
+    labels = list(dict.fromkeys(s.label for s in spectra))
+    sort = next((s.channel_sort for s in spectra if s.channel_sort), None)
+    return {"version": 1, "settings": settings, "shapes": labels, "channel_sort": sort, "layers": layers}
 
 
 def shape_label(setting: FactorShape) -> str:
@@ -105,7 +158,9 @@ def parse_shapes(text: str) -> list[FactorShape]:
             left, right = part.split("x")
             shapes.append((int(left), int(right)))
         else:
-            raise ConfigError(f"{part!r} is not a factor shape. Allowed: auto, square, a number p, or MxN for A's shape.")
+            raise ConfigError(
+                f"{part!r} is not a factor shape. Allowed: auto, square, a number p, or MxN for A's shape."
+            )
     if not shapes:
         raise ConfigError("no factor shape is given. Allowed: auto, square, a number p, or MxN for A's shape.")
     return shapes
@@ -180,17 +235,17 @@ def read_matrix(weights: Weights, model: nn.Module, target: Target) -> Tensor:
     Raises:
         CheckpointError: the files have no such weight.
     """
-    known = set(weights.names())
-    module_name, parameter = target.name, None
-    if f"{target.name}.weight" not in known:
+    modules = dict(model.named_modules())
+    module_name, parameter, stored = target.name, None, f"{target.name}.weight"
+    if module_name not in modules:  # a bare parameter, such as the weights of experts
         module_name, _, parameter = target.name.rpartition(".")
-    stored = f"{target.name}.weight" if parameter is None else target.name
-    if stored not in known:
+        stored = target.name
+    if stored not in weights.names():
         raise CheckpointError(
             f"the model's files have no tensor {stored!r}. They keep this weight under another name; "
             "save the loaded model with save_pretrained first."
         )
-    host = host_of(model.get_submodule(module_name), module_name, False, parameter)
+    host = host_of(modules[module_name], module_name, False, parameter)
     return host.to_matrix(weights.read(stored)).float()
 
 

@@ -68,8 +68,13 @@ class GgufWeights:
         reader = gguf.GGUFReader(file)
         architecture = reader.fields["general.architecture"].contents()
         processor = hf.TENSOR_PROCESSORS.get(architecture, hf.TensorProcessor)
-        self._process = processor(config=model.config.to_dict()).process  # type: ignore[operator]
-        renamed = hf.get_gguf_hf_weights_map(model, processor())
+        config: Any = model.config
+        self._process = processor(config=config.to_dict()).process
+        renamed = _gguf_names(architecture, model)
+        if any(t.name not in renamed for t in reader.tensors if t.name != "rope_freqs.weight"):
+            renamed = hf.get_gguf_hf_weights_map(
+                model, processor()
+            )  # knows every model's peculiarities, in many seconds
         self._tensors: dict[str, Any] = {renamed[t.name]: t for t in reader.tensors if t.name in renamed}
         if not self._tensors:
             raise CheckpointError(f"{file}: none of its tensors belongs to a {type(model).__name__}.")
@@ -98,6 +103,23 @@ class GgufWeights:
         if len(groups) == 1:
             return {"model.safetensors": groups[0]}
         return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _gguf_names(architecture: str, model: nn.Module) -> dict[str, str]:
+    """{name in a GGUF file: name in the model}, by the gguf package's own table."""
+    import gguf
+
+    key = next((k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if key is None:
+        return {}
+    table = gguf.get_tensor_name_map(key, model.config.num_hidden_layers)  # type: ignore[union-attr]
+    renamed = {}
+    for name in model.state_dict():
+        stem, _, suffix = name.rpartition(".")
+        found = table.get_name(stem)
+        if found is not None:
+            renamed[f"{found}.{suffix}"] = name
+    return renamed
 
 
 def open_weights(source: Source, model: nn.Module) -> Weights:

@@ -158,7 +158,7 @@ def _local(name: str, path: Path) -> Source:
         return Source(name, str(path.parent), path.name)
     if path.name == "config.json":
         return Source(name, str(path.parent))
-    raise ConfigError(f"{name} is a file of another kind; give a model folder, a .gguf file, a config.json or a Hub id.")
+    raise ConfigError(f"{name} is no model; give a model folder, a .gguf file, a config.json or a Hub id.")
 
 
 def _first_line(error: Exception) -> str:
