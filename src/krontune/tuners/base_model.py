@@ -21,7 +21,7 @@ from krontune.errors import ConfigError
 from krontune.tuners import _peft
 from krontune.tuners.base_config import KronConfig, check_choice, check_number
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
-from krontune.tuners.checkpoint import check_base, fingerprint, spec_to_dict
+from krontune.tuners.checkpoint import check_base, check_tensors, fingerprint, spec_to_dict
 from krontune.tuners.gradient import take_gradient
 from krontune.tuners.mixed import adapter_by_row
 
@@ -150,6 +150,16 @@ class KronModel(_peft.BaseTuner):
         if config.resolved is None:
             paths = {name: path for name, path, _ in self._named_layers()}
             config.resolved = {name: _entry(base[name], resolved[name], name, paths[name]) for name in self._targets}
+            config.saved_tensors = self._saved_tensors(adapter_name)
+
+    def _saved_tensors(self, adapter_name: str) -> list[str]:
+        """Names of the tensors of this adapter's modules_to_save, as they are in the adapter file."""
+        return [
+            f"{path}.{key}"
+            for path, module in self.model.named_modules()
+            if isinstance(module, _peft.ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+            for key in module.modules_to_save[adapter_name].state_dict()
+        ]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's own makes new parameters where it casts, and those of a ParameterDict come out trainable."""
@@ -159,8 +169,19 @@ class KronModel(_peft.BaseTuner):
         for layer, requires_grad in zip(layers, trainable, strict=True):
             layer.set_requires_grad(adapter_name, requires_grad)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT 0.21 and later call this with what a file held, from a folder or the Hub."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        names = {name: name.replace(f"modules_to_save.{adapter_name}.", "") for name in state_dict}
+        check_tensors(config, {names[n]: tuple(t.shape) for n, t in state_dict.items()}, f"Loading {adapter_name!r}")
+        return remapped
+
     def _describe(self, layer: KronLayer) -> dict:
-        return {"shape": list(layer.matrix_shape), "base": fingerprint(layer.base_parameter, layer.storage())}
+        described = layer.host.describe(layer.get_base_layer())
+        return {**described, "base": fingerprint(layer.base_parameter, layer.storage())}
 
     def _check_weights(self) -> None:
         for name, layer in self._targets.items():
@@ -235,6 +256,7 @@ class KronModel(_peft.BaseTuner):
                     if not isinstance(layer, ParameterLayer):
                         config.target_modules.add(name)
             self._join_saved_modules(adapters, weights, adapter_name)
+            config.saved_tensors = self._saved_tensors(adapter_name)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise

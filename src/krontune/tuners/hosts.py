@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 class LinearHost:
     """nn.Linear and quantised linears: W (out, in) as it is."""
 
+    kind = "linear"  # what the checkpoint calls such a layer
     takes_dropout = True
+
+    def describe(self, base: nn.Module) -> dict[str, object]:
+        """What a conversion has to know of the layer, for the checkpoint."""
+        return {"layer": self.kind, "shape": list(self.matrix_shape(base))}
 
     def matrix_shape(self, base: Any) -> tuple[int, ...]:
         """(m, n), or (experts, m, n), of the weight seen as a matrix."""
@@ -43,6 +48,8 @@ class LinearHost:
 class Conv1DHost(LinearHost):
     """transformers' Conv1D (GPT-2): a linear whose weight is stored as (in, out)."""
 
+    kind = "conv1d"
+
     def matrix_shape(self, base: Any) -> tuple[int, ...]:
         n, m = base.weight.shape
         return m, n
@@ -57,6 +64,7 @@ class Conv1DHost(LinearHost):
 class EmbeddingHost(LinearHost):
     """nn.Embedding: W (vocabulary, width); the update is gathered row by row."""
 
+    kind = "embedding"
     takes_dropout = False  # the input is indices
 
     def matrix_shape(self, base: Any) -> tuple[int, ...]:
@@ -74,6 +82,11 @@ class ConvHost(LinearHost):
     The update is convolved as a kernel of its own: convolutions are small and applied at many places, so that forming
     it costs less than unfolding the input would.
     """
+
+    kind = "conv"
+
+    def describe(self, base: nn.Module) -> dict[str, object]:
+        return {**super().describe(base), "kernel": list(base.weight.shape[1:])}
 
     def matrix_shape(self, base: Any) -> tuple[int, ...]:
         return base.weight.shape[0], math.prod(base.weight.shape[1:])
@@ -93,6 +106,7 @@ class ConvHost(LinearHost):
 class ParameterHost(LinearHost):
     """A bare nn.Parameter, (m, n) or (experts, m, n), whose input is not seen."""
 
+    kind = "parameter"
     takes_dropout = False
 
     def __init__(self, parameter_name: str):
