@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from typing import Any
 
 from peft import PeftConfig
 
-from krontune.errors import CheckpointError, ConfigError
+from krontune.errors import CheckpointError, ConfigError, KrontuneError
 from krontune.tuners import _peft
-from krontune.tuners.checkpoint import FORMAT_VERSION, check_adapter_file, check_resolved
+from krontune.tuners.checkpoint import FORMAT_VERSION, check_adapter_file, check_config
 
 
 def check_choice(name: str, value: Any, allowed: tuple) -> None:
@@ -57,6 +59,7 @@ class KronConfig(PeftConfig):
         resolved: {full module name: rank, factor shapes, start, fingerprint of the weight}; written by krontune into
             its own copy of the config. A config that has it describes a checkpoint: nothing is chosen or computed anew.
             Set it to None to start afresh from a loaded config.
+        saved_tensors: names of the tensors of modules that are saved whole; written by krontune.
     """
 
     alpha: float = field(default=1.0, metadata={"help": "The multiplier of the update; nothing divides it."})
@@ -86,6 +89,9 @@ class KronConfig(PeftConfig):
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Checkpoint format; written by krontune."})
     resolved: dict[str, dict] | None = field(
         default=None, metadata={"help": "Rank, shapes and fingerprint per module; written by krontune."}
+    )
+    saved_tensors: list[str] | None = field(
+        default=None, metadata={"help": "Names of the tensors of modules that are saved whole; written by krontune."}
     )
 
     method = ""  # "LSR" or "SOKA"
@@ -137,12 +143,13 @@ class KronConfig(PeftConfig):
         Raises:
             CheckpointError: a newer format, a setting that was edited into nonsense, a damaged or missing weights file.
         """
-        path = str(pretrained_model_name_or_path)
+        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
+        file = os.path.join(folder, "adapter_config.json")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except ConfigError as error:
-            raise CheckpointError(f"{path}/adapter_config.json: {error}") from None
+        except (KrontuneError, JSONDecodeError, TypeError, AttributeError) as error:  # what a damaged file can cause
+            raise CheckpointError(f"{file} is damaged or was edited: {error}") from None
         if isinstance(config, KronConfig):
-            check_resolved(config, path)
-            check_adapter_file(config, path, subfolder)
+            check_config(config, file)
+            check_adapter_file(config, folder)
         return config

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from dataclasses import asdict
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,26 +29,43 @@ def spec_to_dict(spec: Any) -> dict:
     return json.loads(json.dumps(asdict(spec)))
 
 
-def check_resolved(config: Any, path: str) -> None:
+def check_config(config: Any, file: str) -> None:
     """Check format_version and every entry of `resolved` of a loaded config.
 
     Raises:
-        CheckpointError: names the file, the module and the field.
+        CheckpointError: names the file and what in it is wrong.
     """
-    where = os.path.join(path, "adapter_config.json")
-    if not isinstance(config.format_version, int) or config.format_version > FORMAT_VERSION:
+    version = config.format_version
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{where}: format_version is {config.format_version!r}, and this krontune reads up to {FORMAT_VERSION}. "
+            f"{file}: format_version is {version!r}, and this krontune reads 1 to {FORMAT_VERSION}. "
             "Install a newer krontune."
         )
+    if not isinstance(config.resolved, (dict, NoneType)):
+        raise CheckpointError(f"{file}: resolved is damaged: it is no table of modules.")
     for name in config.resolved or {}:
         try:
-            config.spec(name)
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{where}: resolved[{name!r}] is damaged: {error}") from None
+            _check_entry(config, name)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{file}: resolved[{name!r}] is damaged: {error!r}") from None
 
 
-def check_adapter_file(config: Any, path: str, subfolder: str | None) -> None:
+def _check_entry(config: Any, name: str) -> None:
+    entry, spec = config.resolved[name], config.spec(name)
+    if tuple(entry["shape"]) != spec.matrix_shape:
+        raise ValueError(f"shape is {entry['shape']}, and the factors of spec make {spec.matrix_shape}")
+    base = entry["base"]
+    digest, sample = base["digest"], base["sample"]
+    numbers = isinstance(sample, list) and all(isinstance(v, (int, float)) for v in sample)
+    if not isinstance(base["storage"], str) or not (
+        (digest is sample is None) or (isinstance(digest, str) and numbers)
+    ):
+        raise ValueError(f"base is {base}, which is no fingerprint of a weight")
+    if not isinstance(entry.get("path", name), str):
+        raise ValueError(f"path is {entry['path']!r}")
+
+
+def check_adapter_file(config: Any, folder: str) -> None:
     """Check a local adapter's weights: safetensors, readable to its last byte, every tensor there and of its shape.
 
     Does nothing for a Hub id (the file is not here yet) and for a folder that holds a config alone.
@@ -55,7 +73,6 @@ def check_adapter_file(config: Any, path: str, subfolder: str | None) -> None:
     Raises:
         CheckpointError: names the file and the first key that is wrong.
     """
-    folder = os.path.join(path, subfolder) if subfolder else path
     pickled = os.path.join(folder, _peft.WEIGHTS_NAME)
     file = os.path.join(folder, _peft.SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(file):
@@ -65,20 +82,33 @@ def check_adapter_file(config: Any, path: str, subfolder: str | None) -> None:
                 "save_pretrained(..., safe_serialization=True)."
             )
         return
-    shapes = _stored_shapes(file)
-    for key, shape in expected_shapes(config).items():
+    if config.resolved is None:
+        raise CheckpointError(
+            f"{file} belongs to a config without `resolved`: adapter_config.json was edited, or comes from elsewhere."
+        )
+    check_tensors(config, _stored_shapes(file), file)
+
+
+def check_tensors(config: Any, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Check that the tensors of an adapter, {key: shape}, are those that its config promises.
+
+    Raises:
+        CheckpointError: names `where` and the first key that is missing or of another shape.
+    """
+    shapes = {key.removeprefix(_PREFIX): shape for key, shape in shapes.items()}
+    for key, shape in _expected_shapes(config).items():
         if key not in shapes:
-            raise CheckpointError(f"{file}: the tensor {key!r} is missing. The file is incomplete or was edited.")
-        if shapes[key] != shape:
+            raise CheckpointError(f"{where}: the tensor {key!r} is missing. The file is incomplete or was edited.")
+        if shape is not None and shapes[key] != shape:
             raise CheckpointError(
-                f"{file}: the tensor {key!r} has the shape {shapes[key]}, and adapter_config.json says {shape}. "
+                f"{where}: the tensor {key!r} has the shape {shapes[key]}, and adapter_config.json says {shape}. "
                 "One of the two files was edited or belongs to another adapter."
             )
 
 
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """{key in the adapter file without PEFT's prefix: shape} for every tensor that `resolved` promises."""
-    shapes = {}
+def _expected_shapes(config: Any) -> dict[str, tuple[int, ...] | None]:
+    """{key without PEFT's prefix: shape} of every tensor; None for modules that are saved whole and may be resized."""
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(config.saved_tensors or ())
     for name, entry in (config.resolved or {}).items():
         for tensor, shape in config.spec(name).tensor_shapes().items():
             shapes[f"{entry.get('path', name)}.{tensor}"] = shape
@@ -88,7 +118,7 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 def _stored_shapes(file: str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {k.removeprefix(_PREFIX): tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}  # noqa: SIM118 (not a dict)
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}. It is truncated or damaged.") from None
 
