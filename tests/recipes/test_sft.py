@@ -262,3 +262,15 @@ def test_rows_that_are_not_used_do_not_matter(run_config: MakeConfig, tmp_path: 
     rows = [{"prompt": "a", "completion": "b", "note": i} for i in range(4)]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     assert train(run_config(data=str(tmp_path / "rows.parquet"))).steps == 4
+
+
+@pytest.mark.parametrize("name", ["lora", "lsr"])
+def test_the_card_loads_the_adapter(name: str, run_config: MakeConfig) -> None:
+    config = run_config(method={"name": name, "r": 4, "target_modules": ["q_proj"]}, training={"max_steps": 1})
+    train(config)
+    card = (config.output / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert ("import krontune" in card) == (name == "lsr")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    namespace: dict[str, Any] = {}
+    exec(code.replace("PATH/TO/THIS/FOLDER", str(config.output / "adapter")), namespace)
+    assert namespace["model"].peft_config["default"].peft_type.value == name.upper()

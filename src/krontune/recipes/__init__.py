@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .callbacks import Interrupted
 from .config import RunConfig, load_config
+from .models import load_base
 from .sft import train
 
-__all__ = ["Interrupted", "RunConfig", "load_config", "train"]
+__all__ = ["Interrupted", "RunConfig", "load_base", "load_config", "train"]

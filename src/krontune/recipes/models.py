@@ -84,12 +84,16 @@ class Base(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_base(settings: ModelSettings) -> Base:
+def load_base(settings: ModelSettings | str) -> Base:
     """The model and its tokenizer.
+
+    Args:
+        settings: how to load it, or just `ModelSettings.path`: a Hub id, a folder, a GGUF file, `packaged:smollm2`.
 
     Raises:
         ConfigError: one of them cannot be found or read.
     """
+    settings = ModelSettings(path=settings) if isinstance(settings, str) else settings
     tokenizer = load_tokenizer(settings)
     return Base(load_model(settings), tokenizer)
 

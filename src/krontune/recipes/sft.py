@@ -19,6 +19,7 @@ from krontune.report import RunRecord, final_loss, write_record
 from krontune.report.plots import loss_curve
 
 from .callbacks import Interrupted, MetricsFile, StepTimer, StopOnSignal
+from .card import model_card
 from .config import RunConfig
 from .data import Examples, is_chat, load_data
 from .gradient_start import prepare_gradient_start
@@ -144,8 +145,9 @@ def _fit(
     step = trainer.state.global_step
     if stop.received is not None and step < trainer.state.max_steps:
         raise Interrupted(stop.received, step)
-    _save_adapter(trainer, folder.adapter)
-    record = _record(config, trainer, n_base, folder, timer.median_ms, wall_s)
+    record = _record(config, trainer, n_base, timer.median_ms, wall_s)
+    n_bytes = _save_adapter(trainer, folder.adapter, model_card(record))
+    record = dataclasses.replace(record, adapter_bytes=n_bytes)
     if trainer.is_world_process_zero():
         write_record(record, folder.record)
         loss_curve([record], folder.loss_curve)
@@ -169,21 +171,25 @@ def _take_over(trainer: SFTTrainer, model: PeftModel, checkpoint: Path) -> None:
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
-def _save_adapter(trainer: SFTTrainer, adapter: Path) -> None:
-    """Save the adapter and its tokenizer, whole or not at all. All processes take part, the first one writes."""
+def _save_adapter(trainer: SFTTrainer, adapter: Path, card: str) -> int:
+    """Save the adapter and its tokenizer, whole or not at all. All processes take part, the first one writes.
+
+    Returns:
+        The bytes of its tensor file.
+    """
     partial = adapter.with_name(".adapter.partial")
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, and config.yaml says the same
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if adapter.exists():
             shutil.rmtree(adapter)
         partial.replace(adapter)
     trainer.accelerator.wait_for_everyone()
+    return folder_bytes(adapter, "*.safetensors")
 
 
-def _record(
-    config: RunConfig, trainer: SFTTrainer, n_base: int, folder: RunFolder, step_ms: float, wall_s: float
-) -> RunRecord:
+def _record(config: RunConfig, trainer: SFTTrainer, n_base: int, step_ms: float, wall_s: float) -> RunRecord:
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return RunRecord(
@@ -195,7 +201,7 @@ def _record(
         learning_rate=trainer.args.learning_rate,
         n_trainable=trainer.get_num_trainable_parameters(),
         n_base=n_base,
-        adapter_bytes=folder_bytes(folder.adapter, "*.safetensors"),
+        adapter_bytes=0,  # known once it is saved
         steps=trainer.state.global_step,
         step_ms=step_ms,
         wall_s=wall_s,

@@ -1,0 +1,61 @@
+"""The README.md of a saved adapter: what it is and how to load it. PEFT's own is a form with nothing filled in."""
+
+from __future__ import annotations
+
+from krontune.report import RunRecord
+
+from .models import model_source
+
+OUR_METHODS = ("lsr", "soka")
+
+FROM_HUB = """base = AutoModelForCausalLM.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")"""
+
+FROM_FILE = """base, tokenizer = load_base("{model}")"""
+
+
+def model_card(record: RunRecord) -> str:
+    """Markdown with the metadata block that the Hub reads."""
+    ours = record.method in OUR_METHODS
+    tags = ["sft", record.method, *(["krontune"] if ours else [])]
+    settings = ", ".join(f"{key}={value}" for key, value in record.settings.items())
+    scores = "".join(f"| {name.replace('_', ' ')} | {value:.4g} |\n" for name, value in record.scores.items())
+    note = (
+        "\n`import krontune` registers the method with PEFT; without it PEFT does not know "
+        f'"{record.method.upper()}". Install it with `pip install krontune`.\n'
+        if ours
+        else ""
+    )
+    return f"""---
+base_model: "{record.model}"
+library_name: peft
+tags: [{", ".join(tags)}]
+---
+
+# {record.name}
+
+A {record.method.upper()} adapter for `{record.model}`, trained with krontune.
+
+| | |
+|---|---|
+| settings | {settings.replace("|", "&#124;")} |
+| trainable parameters | {record.n_trainable:,} |
+| steps | {record.steps} |
+| learning rate | {record.learning_rate:g} |
+| seed | {record.seed} |
+| training loss | {record.loss:.4f} |
+{scores}
+```python
+{_loading_code(record, ours)}
+```
+{note}"""
+
+
+def _loading_code(record: RunRecord, ours: bool) -> str:
+    needs_us = record.model.startswith("packaged:") or model_source(record.model).gguf_file is not None
+    first = ["import krontune  # noqa: F401"] if ours and not needs_us else []
+    imports = ["from peft import PeftModel"]
+    imports += ["from krontune.recipes import load_base"] if needs_us else []
+    imports += [] if needs_us else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    base = (FROM_FILE if needs_us else FROM_HUB).format(model=record.model)
+    return "\n".join([*first, *imports, "", base, 'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")'])
