@@ -128,7 +128,7 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float,
     if torch.compiler.is_compiling():
         return _plain(x, weight, bias, scale, path, *factors)
     with without_autocast(x):
-        product = _KronLinear.apply if backward else _forward
+        product = _KronLinear.apply if backward else _fast
         return product(x, weight, bias, scale, path, *factors)
 
 
@@ -167,9 +167,7 @@ def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, 
     return y if b is None else y + b
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor
-) -> Tensor:
+def _fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor) -> Tensor:
     """The same in fewer passes over memory: the weight's product is added into the sum's."""
     value, _ = _terms(factors, scale, path, x.dtype)
     W, b = cast_to(weight, x), cast_to(bias, x)
@@ -185,14 +183,15 @@ def _forward(
 
 
 class _KronLinear(torch.autograd.Function):
-    """`_forward`, with a backward that keeps the inputs and nothing else."""
-
-    forward = staticmethod(_forward)
+    """`_fast`, with a backward that keeps the inputs and nothing else."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, bias, ctx.scale, ctx.path, *factors = inputs
+    def forward(  # one function with its context: the form with a setup_context costs 60 us a call more
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor
+    ) -> Tensor:
+        ctx.scale, ctx.path = scale, path
         ctx.save_for_backward(x, weight, bias, *factors)
+        return _fast(x, weight, bias, scale, path, *factors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
