@@ -43,6 +43,12 @@ def adapted(model: nn.Module, config: Any, *, trained: bool = True) -> PeftModel
 
 
 @torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor], **arguments: Any) -> Tensor:
+    """The model's logits; without gradients, since with them another order of summation may be the faster one."""
+    return model(**batch, **arguments).logits
+
+
+@torch.no_grad()
 def train_a_little(model: nn.Module, adapter: str = "default", seed: int = 0, std: float = 0.1) -> None:
     """Add noise to all trainable factors, so that the update is far from zero."""
     generator = torch.Generator().manual_seed(seed)

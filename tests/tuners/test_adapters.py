@@ -15,6 +15,7 @@ from tests.tuners.helpers import (
     adapter_tensors,
     assert_same_tensors,
     kron_layers,
+    logits,
     tolerance,
     train_a_little,
     train_steps,
@@ -40,23 +41,23 @@ def _dense_logits(model: PeftModel, base: torch.nn.Module, batch: dict, weights:
         for adapter, weight in weights.items():
             if adapter in layer.specs:
                 dense.get_submodule(name).weight.data += weight * true_delta(layer, adapter)
-    return dense(**batch).logits
+    return logits(dense, batch)
 
 
 def test_switching(tiny, batch, two):
     for active in ("default", "other", "default"):
         two.set_adapter(active)
         expected = _dense_logits(two, tiny(), batch, {active: 1})
-        torch.testing.assert_close(two(**batch).logits.double(), expected, **SUM)
+        torch.testing.assert_close(logits(two, batch).double(), expected, **SUM)
 
 
 def test_several_active_at_once(tiny, batch, two):
     two.base_model.set_adapter(["default", "other"])
     expected = _dense_logits(two, tiny(), batch, {"default": 1, "other": 1})
-    torch.testing.assert_close(two(**batch).logits.double(), expected, **SUM)
+    torch.testing.assert_close(logits(two, batch).double(), expected, **SUM)
     with two.disable_adapter():
-        assert torch.equal(two(**batch).logits, tiny()(**batch).logits)
-    torch.testing.assert_close(two(**batch).logits.double(), expected, **SUM)
+        assert torch.equal(logits(two, batch), logits(tiny(), batch))
+    torch.testing.assert_close(logits(two, batch).double(), expected, **SUM)
 
 
 def test_only_the_active_adapter_trains(batch, two):
@@ -86,7 +87,7 @@ def test_delete(tiny, batch, two):
     assert list(two.peft_config) == ["other"]
     two.set_adapter("other")
     expected = _dense_logits(two, tiny(), batch, {"other": 1})
-    torch.testing.assert_close(two(**batch).logits.double(), expected, **SUM)
+    torch.testing.assert_close(logits(two, batch).double(), expected, **SUM)
     for layer in kron_layers(two).values():
         assert "default" not in layer.specs and "default" not in layer.scaling
     assert not any("default" in name for name in two.state_dict())
@@ -96,7 +97,7 @@ def test_delete_and_add_under_the_same_name(tiny, batch, two, method):
     two.delete_adapter("other")
     two.add_adapter("other", method(target_modules=TARGETS))
     two.set_adapter("other")
-    assert torch.equal(two(**batch).logits, tiny()(**batch).logits)
+    assert torch.equal(logits(two, batch), logits(tiny(), batch))
 
 
 def test_adapters_do_not_share_a_config(tiny, batch, method):
@@ -150,7 +151,7 @@ def test_weighted_adapter_is_the_exact_sum(tiny, batch, method, weights, dtype):
         scale = max(float(d[name].abs().max()) for d in deltas if name in d)
         torch.testing.assert_close(got / scale, expected / scale, **tolerance(torch.float32))
     model.set_adapter("sum")
-    assert torch.isfinite(model(**batch).logits).all()
+    assert torch.isfinite(logits(model, batch)).all()
 
 
 @pytest.mark.parametrize("combination_type", ["linear", "cat"])
@@ -161,10 +162,10 @@ def test_weighted_adapter_saves_and_reloads(tiny, batch, method, tmp_path, combi
     train_a_little(model, "other", seed=2)
     model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", combination_type=combination_type)
     model.set_adapter("sum")
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(tiny(), tmp_path / "sum")
-    assert torch.equal(again(**batch).logits, expected)
+    assert torch.equal(logits(again, batch), expected)
 
 
 def test_weighted_adapter_of_experts(tiny, batch, method, tmp_path):
@@ -180,7 +181,7 @@ def test_weighted_adapter_of_experts(tiny, batch, method, tmp_path):
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "sum")
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 def test_weighted_adapter_of_norms(tiny, batch, method):

@@ -16,6 +16,7 @@ from tests.tuners.helpers import (
     assert_same_tensors,
     base_weights,
     kron_layers,
+    logits,
     tolerance,
     train_a_little,
     train_steps,
@@ -47,22 +48,22 @@ def test_output_is_that_of_the_dense_weights(tiny, batch, variant, parameters, t
     assert len(kron_layers(model)) == 2 * (len(parameters) + len(targets))
     assert_same_tensors(base_weights(model), before)
 
-    got = model(**batch).logits
-    expected = _dense(base, model)(**batch).logits
+    got = logits(model, batch)
+    expected = logits(_dense(base, model), batch)
     torch.testing.assert_close(got.double(), expected, **tolerance(torch.float32, terms=4096))
-    assert not torch.allclose(got, base(**batch).logits, atol=1e-2)
+    assert not torch.allclose(got, logits(base, batch), atol=1e-2)
     assert_same_tensors(base_weights(model), before)  # the forward parametrises and takes it back
     with model.disable_adapter():
-        assert torch.equal(model(**batch).logits, base(**batch).logits)
+        assert torch.equal(logits(model, batch), logits(base, batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_zero_start_and_training(tiny, batch, method, dtype):
     base = tiny("mixtral", dtype)
     before = base_weights(base)
-    expected = base(**batch).logits
+    expected = logits(base, batch)
     model = adapted(base, method(**EXPERTS), trained=False)
-    assert torch.equal(model(**batch).logits, expected)
+    assert torch.equal(logits(model, batch), expected)
     losses = train_steps(model, batch, lr=3e-2)
     assert losses[-1] < losses[0]
     assert_same_tensors(base_weights(model), before)
@@ -101,48 +102,48 @@ def test_two_adapters(tiny, batch, method):
     train_a_little(model, "other", seed=1)
     for active in (["default"], ["other"], ["default", "other"]):
         model.base_model.set_adapter(active)
-        expected = _dense(base, model, *active)(**batch).logits
-        torch.testing.assert_close(model(**batch).logits.double(), expected, **tolerance(torch.float32, terms=4096))
+        expected = logits(_dense(base, model, *active), batch)
+        torch.testing.assert_close(logits(model, batch).double(), expected, **tolerance(torch.float32, terms=4096))
     model.delete_adapter("other")
     model.set_adapter("default")
-    expected = _dense(base, model)(**batch).logits
-    torch.testing.assert_close(model(**batch).logits.double(), expected, **tolerance(torch.float32, terms=4096))
+    expected = logits(_dense(base, model), batch)
+    torch.testing.assert_close(logits(model, batch).double(), expected, **tolerance(torch.float32, terms=4096))
 
 
 def test_merging(tiny, batch, method):
     base = tiny("mixtral")
     before = base_weights(base)
     model = adapted(base, method(**EXPERTS))
-    unmerged = model(**batch).logits
+    unmerged = logits(model, batch)
     model.merge_adapter()
-    torch.testing.assert_close(model(**batch).logits, unmerged, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(model, batch), unmerged, rtol=1e-3, atol=1e-4)
     model.unmerge_adapter()
     assert_same_tensors(base_weights(model), before)
-    assert torch.equal(model(**batch).logits, unmerged)
+    assert torch.equal(logits(model, batch), unmerged)
 
     plain = model.merge_and_unload()
     assert not kron_layers(plain) and base_weights(plain).keys() == before.keys()
-    torch.testing.assert_close(plain(**batch).logits, unmerged, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(plain, batch), unmerged, rtol=1e-3, atol=1e-4)
 
 
 def test_unload(tiny, batch, method):
     base = tiny("mixtral")
-    before, expected = base_weights(base), base(**batch).logits
+    before, expected = base_weights(base), logits(base, batch)
     plain = adapted(base, method(**EXPERTS)).unload()
     assert not kron_layers(plain)
     assert_same_tensors(base_weights(plain), before)
-    assert torch.equal(plain(**batch).logits, expected)
+    assert torch.equal(logits(plain, batch), expected)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_reload(tiny, batch, method, tmp_path, low_cpu_mem_usage):
     base = tiny("mixtral")
     model = adapted(copy.deepcopy(base), method(**{**EXPERTS, "target_modules": ["q_proj"]}))
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert_same_tensors(adapter_tensors(again), adapter_tensors(model))
-    assert torch.equal(again(**batch).logits, expected)
+    assert torch.equal(logits(again, batch), expected)
 
 
 def test_gradient_checkpointing(tiny, batch, method):

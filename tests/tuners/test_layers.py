@@ -11,7 +11,14 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from krontune import ConfigError, LsrConfig, SokaConfig
-from tests.tuners.helpers import adapted, kron_layers, one_layer, tolerance, true_delta
+from tests.tuners.helpers import (
+    adapted,
+    kron_layers,
+    logits,
+    one_layer,
+    tolerance,
+    true_delta,
+)
 
 
 def _conv1d(out_features: int, in_features: int) -> Conv1D:
@@ -147,7 +154,7 @@ def test_gpt2(tiny, batch, method):
     for name, layer in kron_layers(model.base_model.model).items():
         dense.get_submodule(name).weight.data += true_delta(layer).T
     torch.testing.assert_close(
-        model(**batch).logits.double(), dense(**batch).logits, **tolerance(torch.float32, terms=4096)
+        logits(model, batch).double(), logits(dense, batch), **tolerance(torch.float32, terms=4096)
     )
 
 
@@ -167,7 +174,7 @@ def test_tied_embedding(tiny, batch, method):
     for name, layer in kron_layers(model.base_model.model).items():
         dense.get_submodule(name).weight.data += true_delta(layer)
     torch.testing.assert_close(
-        model(**batch).logits.double(), dense(**batch).logits, **tolerance(torch.float32, terms=4096)
+        logits(model, batch).double(), logits(dense, batch), **tolerance(torch.float32, terms=4096)
     )
     assert model.get_base_model().lm_head.weight is model.get_base_model().model.embed_tokens.base_layer.weight
 

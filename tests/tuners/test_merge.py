@@ -16,6 +16,7 @@ from tests.tuners.helpers import (
     assert_same_tensors,
     base_weights,
     kron_layers,
+    logits,
     one_layer,
     tolerance,
     train_a_little,
@@ -62,25 +63,25 @@ def test_merged_weight_is_rounded_once(net, variant, kind, dtype):
 def test_model(tiny, batch, method, dtype):
     base = tiny("llama", dtype)
     before = base_weights(base)
-    plain = base(**batch).logits
+    plain = logits(base, batch)
     model = adapted(base, method(target_modules="all-linear"))
-    unmerged = model(**batch).logits
+    unmerged = logits(model, batch)
     for _ in range(2):
         model.merge_adapter(safe_merge=True)
-        torch.testing.assert_close(model(**batch).logits, unmerged, rtol=0.05, atol=300 * torch.finfo(dtype).eps)
-        assert not torch.allclose(model(**batch).logits, plain, atol=0.1)
+        torch.testing.assert_close(logits(model, batch), unmerged, rtol=0.05, atol=300 * torch.finfo(dtype).eps)
+        assert not torch.allclose(logits(model, batch), plain, atol=0.1)
         model.unmerge_adapter()
         assert_same_tensors(base_weights(model), before)
-    assert torch.equal(model(**batch).logits, unmerged)
+    assert torch.equal(logits(model, batch), unmerged)
 
 
 def test_disabling_a_merged_adapter_unmerges_it(tiny, batch, method):
     base = tiny()
-    expected = base(**batch).logits
+    expected = logits(base, batch)
     model = adapted(base, method(target_modules=TARGETS))
     model.merge_adapter()
     with model.disable_adapter():
-        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(logits(model, batch), expected)
     assert not any(layer.merged for layer in kron_layers(model).values())
 
 
@@ -103,11 +104,11 @@ def test_several_adapters(tiny, batch, method):
     model.add_adapter("other", method(alpha=-2.0, target_modules=["v_proj", "o_proj"]))
     train_a_little(model, "other", seed=1)
     model.base_model.set_adapter(["default", "other"])
-    unmerged = model(**batch).logits
+    unmerged = logits(model, batch)
 
     model.merge_adapter()
     together = base_weights(model)
-    torch.testing.assert_close(model(**batch).logits, unmerged, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(model, batch), unmerged, rtol=1e-3, atol=1e-4)
     model.unmerge_adapter()
     model.merge_adapter(adapter_names=["default"])
     model.merge_adapter(adapter_names=["other"])
@@ -116,7 +117,7 @@ def test_several_adapters(tiny, batch, method):
     assert_same_tensors(base_weights(model), together)
     model.unmerge_adapter()
     assert_same_tensors(base_weights(model), before)
-    assert torch.equal(model(**batch).logits, unmerged)
+    assert torch.equal(logits(model, batch), unmerged)
 
 
 @pytest.mark.parametrize("adapter_names", [None, ["other"], ["default", "other"]], ids=str)
@@ -133,14 +134,14 @@ def test_merge_and_unload(tiny, batch, method, adapter_names):
     plain = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
     assert plain is base and not kron_layers(plain)
     assert plain.state_dict().keys() == dense.state_dict().keys()
-    torch.testing.assert_close(plain(**batch).logits.double(), dense(**batch).logits, **tolerance(torch.float32, 4096))
+    torch.testing.assert_close(logits(plain, batch).double(), logits(dense, batch), **tolerance(torch.float32, 4096))
 
 
 def test_merge_and_unload_saves_as_a_plain_model(tiny, batch, method, tmp_path):
     model = adapted(tiny(), method(target_modules=TARGETS)).merge_and_unload()
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 def test_safe_merge_refuses_nan(tiny, method):
@@ -177,30 +178,30 @@ TIED = [["embed_tokens"], ["embed_tokens", "lm_head", "q_proj"]]
 def test_tied_weights(tiny, batch, method, targets):
     """Merging unties: each end gets its own update alone. Unmerging ties again, one weight with the old bits."""
     base = tiny("tied")
-    before, plain = base_weights(base), base(**batch).logits
+    before, plain = base_weights(base), logits(base, batch)
     model = adapted(base, method(target_modules=targets))
-    unmerged = model(**batch).logits
+    unmerged = logits(model, batch)
     for _ in range(2):
         model.merge_adapter()
-        torch.testing.assert_close(model(**batch).logits, unmerged, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logits(model, batch), unmerged, rtol=1e-3, atol=1e-4)
         model.unmerge_adapter()
         assert_same_tensors(base_weights(model), before)
         assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
     model.merge_adapter()
     with model.disable_adapter():
-        assert torch.equal(model(**batch).logits, plain)
-    assert torch.equal(model(**batch).logits, unmerged)
+        assert torch.equal(logits(model, batch), plain)
+    assert torch.equal(logits(model, batch), unmerged)
 
 
 @pytest.mark.filterwarnings("ignore:.*tie")
 def test_tied_weights_merged_for_good(tiny, method, batch, tmp_path):
     model = adapted(tiny("tied"), method(target_modules=["embed_tokens"]))
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     plain = model.merge_and_unload()
     assert plain.config.tie_word_embeddings is False
     plain.save_pretrained(tmp_path)
     again = type(plain).from_pretrained(tmp_path)
-    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(again, batch), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_merging_modules_to_save(tiny, batch, method):
@@ -209,7 +210,7 @@ def test_merging_modules_to_save(tiny, batch, method):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     plain = model.merge_and_unload()
     assert not any("modules_to_save" in name for name in plain.state_dict())
-    torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(plain, batch), expected, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,13 @@ import torch
 from peft import PeftModel
 
 from krontune import ConfigError
-from tests.tuners.helpers import TARGETS, adapted, kron_layers, train_a_little
+from tests.tuners.helpers import (
+    TARGETS,
+    adapted,
+    kron_layers,
+    logits,
+    train_a_little,
+)
 
 NAMES = ["first", "__base__", "second"]
 
@@ -43,9 +49,9 @@ def _row(batch: dict, i: int) -> dict:
 def test_forward(tiny, batch, method, name):
     targets = {"llama": [*TARGETS, "embed_tokens"], "gpt2": ["c_attn", "wte"]}[name]
     model = _two_adapters(tiny(name), method(target_modules=targets), alpha=-0.8)
-    mixed = model(**batch, adapter_names=NAMES).logits
+    mixed = logits(model, batch, adapter_names=NAMES)
     for i, adapter in enumerate(NAMES):
-        alone = _alone(model, adapter, lambda i=i: model(**_row(batch, i)).logits)
+        alone = _alone(model, adapter, lambda i=i: logits(model, _row(batch, i)))
         torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mixed[0], _alone(model, "second", lambda: model(**_row(batch, 0)).logits)[0], atol=1e-2)
     # The hooks are gone afterwards.
@@ -68,9 +74,9 @@ def test_adapters_on_different_modules(tiny, batch, method):
     model.add_adapter("second", method(target_modules=["v_proj", "down_proj"]))
     train_a_little(model, "second")
     names = ["default", "__base__", "second"]
-    mixed = model(**batch, adapter_names=names).logits
+    mixed = logits(model, batch, adapter_names=names)
     for i, adapter in enumerate(names):
-        alone = _alone(model, adapter, lambda i=i: model(**_row(batch, i)).logits)
+        alone = _alone(model, adapter, lambda i=i: logits(model, _row(batch, i)))
         torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -83,9 +89,9 @@ def test_saved_modules(tiny, batch, method):
             if "modules_to_save.second" in name:
                 parameter.mul_(1.5)
     inputs = {"input_ids": batch["input_ids"]}
-    mixed = model(**inputs, adapter_names=NAMES).logits
+    mixed = logits(model, inputs, adapter_names=NAMES)
     for i, adapter in enumerate(NAMES):
-        alone = _alone(model, adapter, lambda i=i: model(**_row(inputs, i)).logits)
+        alone = _alone(model, adapter, lambda i=i: logits(model, _row(inputs, i)))
         torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -152,7 +158,7 @@ def test_in_training_or_merged(tiny, batch, method):
 
 def test_disabled(tiny, batch, method):
     base = tiny()
-    expected = base(**batch).logits
+    expected = logits(base, batch)
     model = _two_adapters(base, method(target_modules=TARGETS))
     with model.disable_adapter():
-        assert torch.equal(model(**batch, adapter_names=NAMES).logits, expected)
+        assert torch.equal(logits(model, batch, adapter_names=NAMES), expected)

@@ -17,6 +17,7 @@ from tests.tuners.helpers import (
     adapted,
     adapter_tensors,
     assert_same_tensors,
+    logits,
     one_layer,
     train_a_little,
     train_steps,
@@ -47,15 +48,15 @@ def no_svd(monkeypatch):
 def test_bit_for_bit(tiny, batch, variant, tmp_path, no_svd, dtype, low_cpu_mem_usage):
     model = adapted(tiny("llama", dtype), variant(target_modules=[*TARGETS, "lm_head"]))
     train_steps(model, batch, steps=1)
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     model.save_pretrained(tmp_path)
     no_svd()
     again = PeftModel.from_pretrained(tiny("llama", dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert_same_tensors(adapter_tensors(again), adapter_tensors(model))
-    assert torch.equal(again(**batch).logits, expected)
+    assert torch.equal(logits(again, batch), expected)
     assert not any(p.requires_grad for p in again.parameters())
     with again.disable_adapter():
-        assert torch.equal(again(**batch).logits, tiny("llama", dtype)(**batch).logits)
+        assert torch.equal(logits(again, batch), logits(tiny("llama", dtype), batch))
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
@@ -64,7 +65,7 @@ def test_without_autocast_of_the_adapter(tiny, batch, method, tmp_path, low_cpu_
     config = method(target_modules=TARGETS)
     model = get_peft_model(tiny("llama", torch.bfloat16), config, autocast_adapter_dtype=False).eval()
     train_a_little(model)
-    expected = model(**batch).logits
+    expected = logits(model, batch)
     model.save_pretrained(tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
     again = PeftModel.from_pretrained(
@@ -74,7 +75,7 @@ def test_without_autocast_of_the_adapter(tiny, batch, method, tmp_path, low_cpu_
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
     assert_same_tensors(adapter_tensors(again), adapter_tensors(model))
-    assert torch.equal(again(**batch).logits, expected)
+    assert torch.equal(logits(again, batch), expected)
 
 
 @pytest.mark.parametrize("start", [lambda: LsrConfig(init_weights=False), lambda: LsrConfig(init_weights="paper")])
@@ -84,21 +85,21 @@ def test_random_starts_reload(tiny, batch, tmp_path, start):
     model = adapted(tiny(), config, trained=False)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny(), tmp_path)
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 NEW_PROCESS = """
 import sys, torch, krontune
 from peft import PeftModel
 from tests.tuners.conftest import build
-from tests.tuners.helpers import adapter_tensors
+from tests.tuners.helpers import adapter_tensors, logits
 out = {}
 for method in ("lsr", "soka"):
     for low in (False, True):
         base = build("llama").to(torch.bfloat16)
         model = PeftModel.from_pretrained(base, f"{sys.argv[1]}/{method}", low_cpu_mem_usage=low)
         batch = torch.load(f"{sys.argv[1]}/batch.pt")
-        out[method, low] = adapter_tensors(model), model(**batch).logits
+        out[method, low] = adapter_tensors(model), logits(model, batch)
 torch.save(out, f"{sys.argv[1]}/out.pt")
 """
 
@@ -109,12 +110,12 @@ def test_in_a_new_process(tiny, batch, tmp_path, request):
         config.target_modules = set(TARGETS)
         model = adapted(tiny("llama", torch.bfloat16), config)
         model.save_pretrained(tmp_path / name)
-        expected[name] = adapter_tensors(model), model(**batch).logits
+        expected[name] = adapter_tensors(model), logits(model, batch)
     torch.save(batch, tmp_path / "batch.pt")
     subprocess.run([sys.executable, "-c", NEW_PROCESS, str(tmp_path)], check=True, cwd=request.config.rootpath)
-    for (name, _), (tensors, logits) in torch.load(tmp_path / "out.pt", weights_only=True).items():
+    for (name, _), (tensors, output) in torch.load(tmp_path / "out.pt", weights_only=True).items():
         assert_same_tensors(tensors, expected[name][0])
-        assert torch.equal(logits, expected[name][1])
+        assert torch.equal(output, expected[name][1])
 
 
 def test_into_another_adapter_name_and_training_on(tiny, batch, method, tmp_path):
@@ -123,7 +124,7 @@ def test_into_another_adapter_name_and_training_on(tiny, batch, method, tmp_path
     fresh = adapted(tiny(), method(target_modules=TARGETS), trained=False)
     fresh.load_adapter(tmp_path, "loaded", is_trainable=True)
     fresh.set_adapter("loaded")
-    assert torch.equal(fresh(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(fresh, batch), logits(model, batch))
     assert train_steps(fresh, batch) == pytest.approx(train_steps(model, batch), rel=1e-5)
 
 
@@ -144,7 +145,7 @@ def test_state_dict_functions(tiny, batch, method):
     other = adapted(tiny(), method(target_modules=TARGETS), trained=False)
     result = set_peft_model_state_dict(other, state)
     assert not result.unexpected_keys
-    assert torch.equal(other(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(other, batch), logits(model, batch))
 
 
 def test_several_adapters_are_saved_apart(tiny, batch, method, tmp_path):
@@ -155,7 +156,7 @@ def test_several_adapters_are_saved_apart(tiny, batch, method, tmp_path):
     for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):
         model.set_adapter(name)
         again = PeftModel.from_pretrained(tiny(), folder)
-        assert torch.equal(again(**batch).logits, model(**batch).logits)
+        assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 def test_what_is_in_the_files(net, method, tmp_path):
@@ -196,11 +197,11 @@ def test_config_without_its_weights(tiny, batch, method, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         model.add_weighted_adapter(["default"], [1.0], "sum")
     with model.disable_adapter():
-        assert torch.equal(model(**batch).logits, tiny()(**batch).logits)
+        assert torch.equal(logits(model, batch), logits(tiny(), batch))
 
     config.resolved = None
     fresh = get_peft_model(tiny(), config).eval()
-    assert torch.equal(fresh(**batch).logits, tiny()(**batch).logits)
+    assert torch.equal(logits(fresh, batch), logits(tiny(), batch))
 
 
 def test_config_survives_the_file(method, tmp_path):

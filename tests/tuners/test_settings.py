@@ -14,6 +14,7 @@ from tests.tuners.helpers import (
     assert_same_tensors,
     base_weights,
     kron_layers,
+    logits,
     train_steps,
     true_delta,
 )
@@ -74,17 +75,17 @@ def test_a_pattern_that_matches_nothing_warns(tiny, method):
 
 def test_modules_to_save(tiny, batch, method, tmp_path):
     base = tiny()
-    before, expected = base_weights(base), base(**batch).logits
+    before, expected = base_weights(base), logits(base, batch)
     model = adapted(base, method(target_modules=["q_proj"], modules_to_save=["lm_head"]), trained=False)
     train_steps(model, batch)
     assert_same_tensors(base_weights(model), before)
     head = model.base_model.model.lm_head
     assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
     with model.disable_adapter():
-        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(logits(model, batch), expected)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny(), tmp_path)
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 @pytest.mark.parametrize("which", ["all", "only"])
@@ -102,7 +103,7 @@ def test_bias(tiny, batch, method, tmp_path, which):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny("bert"), tmp_path)
     inputs = {"input_ids": batch["input_ids"]}
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
 def test_bias_names(method):
@@ -149,7 +150,7 @@ def test_torch_norms(method, layer):
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_norms_are_trained_saved_and_switched_off(tiny, batch, method, tmp_path, low_cpu_mem_usage):
     base = tiny()
-    before, expected = base_weights(base), base(**batch).logits
+    before, expected = base_weights(base), logits(base, batch)
     config = method(target_modules=TARGETS, train_norms=True, modules_to_save=["lm_head"])
     model = adapted(base, config, trained=False)
     assert config.modules_to_save == ["lm_head"]
@@ -158,12 +159,12 @@ def test_norms_are_trained_saved_and_switched_off(tiny, batch, method, tmp_path,
     for norm in _norms(model).values():
         assert not torch.equal(norm.modules_to_save["default"].weight, norm.original_module.weight)
     with model.disable_adapter():
-        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(logits(model, batch), expected)
 
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert len(_norms(again)) == NORMS["llama"]
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(again, batch), logits(model, batch))
     again.save_pretrained(tmp_path / "again")  # names do not pile up
     reread = type(config).from_pretrained(tmp_path / "again").modules_to_save
     assert sorted(reread) == sorted(model.peft_config["default"].modules_to_save) and len(reread) == 6
@@ -180,9 +181,9 @@ def test_norms_of_a_second_adapter(tiny, batch, method):
     outputs = {}
     for name in ("default", "plain", "other", "default"):
         model.set_adapter(name)
-        got = model(**batch).logits
+        got = logits(model, batch)
         assert torch.equal(outputs.setdefault(name, got), got)
-    assert torch.equal(outputs["plain"], tiny()(**batch).logits)
+    assert torch.equal(outputs["plain"], logits(tiny(), batch))
     assert not torch.allclose(outputs["default"], outputs["other"])
     model.delete_adapter("other")
     assert all(set(norm.modules_to_save) == {"default"} for norm in _norms(model).values())
@@ -195,8 +196,8 @@ def test_norms_of_a_classifier(tiny, batch, method, tmp_path):
     train_steps(model, {**inputs, "labels": torch.tensor([0, 1, 2])})
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny("bert"), tmp_path)
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    assert not torch.equal(tiny("bert")(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert not torch.equal(logits(tiny("bert"), inputs), logits(model, inputs))
 
 
 def test_norms_inside_a_saved_module(method):

@@ -13,6 +13,7 @@ from tests.tuners.helpers import (
     assert_same_tensors,
     base_weights,
     kron_layers,
+    logits,
     one_layer,
     train_steps,
     true_delta,
@@ -37,7 +38,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_dw_is_exactly_zero_at_the_start(tiny, batch, start, dtype, autocast_adapter_dtype):
     base = tiny("llama", dtype)
     with torch.no_grad():
-        expected = base(**batch).logits
+        expected = logits(base, batch)
     config = ZERO_STARTS[start](target_modules="all-linear")
     model = get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
 
@@ -45,7 +46,7 @@ def test_dw_is_exactly_zero_at_the_start(tiny, batch, start, dtype, autocast_ada
         assert layer.get_delta_weight("default").count_nonzero() == 0, name
         assert layer.factors("default")[0].dtype == (torch.float32 if autocast_adapter_dtype else dtype), name
     with torch.no_grad():
-        got = model(**batch).logits
+        got = logits(model, batch)
     assert got.dtype == dtype
     assert torch.equal(got, expected)
 
@@ -65,9 +66,9 @@ def test_a_zero_start_can_learn(tiny, batch, start):
 def test_false_is_a_random_start(tiny, batch, config_class):
     model = adapted(tiny(), config_class(r=4, init_weights=False, target_modules=TARGETS), trained=False)
     with torch.no_grad():
-        got = model(**batch).logits
+        got = logits(model, batch)
         with model.disable_adapter():
-            base = model(**batch).logits
+            base = logits(model, batch)
     assert not torch.allclose(got, base, atol=1e-3)
 
 
@@ -96,16 +97,16 @@ def test_training_never_writes_the_base(tiny, batch, method, dtype):
     base = tiny("llama", dtype)
     before = base_weights(base)
     with torch.no_grad():
-        expected = base(**batch).logits
+        expected = logits(base, batch)
     model = adapted(base, method(target_modules="all-linear", dropout=0.1), trained=False)
     losses = train_steps(model, batch)
 
     assert losses[-1] < losses[0]
     assert_same_tensors(base_weights(model), before)
     with torch.no_grad(), model.disable_adapter():
-        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(logits(model, batch), expected)
     with torch.no_grad():
-        assert not torch.equal(model(**batch).logits, expected)
+        assert not torch.equal(logits(model, batch), expected)
 
 
 def test_unload_gives_the_base_back(tiny, batch, method):
