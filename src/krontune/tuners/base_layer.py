@@ -54,8 +54,8 @@ class KronLayer(_peft.BaseTunerLayer):
         """The dense update, scale included: (m, n), or (experts, m, n)."""
         raise NotImplementedError
 
-    def delta_linear(self, x: Tensor, adapter: str) -> Tensor:
-        """x @ delta_matrix.T without forming it: (..., n) -> (..., m)."""
+    def delta_linear(self, x: Tensor, adapter: str, base: nn.Linear | None = None) -> Tensor:
+        """x @ delta_matrix.T without forming it, (..., n) -> (..., m); with `base`, base(x) + that in one product."""
         raise NotImplementedError
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
@@ -128,7 +128,8 @@ class KronLayer(_peft.BaseTunerLayer):
 
     def check_loaded(self, adapters: Iterable[str]) -> None:
         """Raise CheckpointError for one that was built for a checkpoint which was not loaded. Looks until it was."""
-        for adapter in self._awaiting.intersection(adapters):
+        waiting = [] if torch.compiler.is_compiling() else self._awaiting.intersection(adapters)
+        for adapter in waiting:
             if any(f.is_meta or torch.isnan(f.detach().flatten()[0]) for f in self.factors(adapter)):
                 raise CheckpointError(
                     f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. "
@@ -144,24 +145,40 @@ class KronLayer(_peft.BaseTunerLayer):
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        off = self.disable_adapters or self.merged
+        adapters = [] if off else [adapter for adapter in self.active_adapters if adapter in self.specs]
+        self.check_loaded(adapters)
+        if len(adapters) == 1 and self._takes_base(x, adapters[0]):
+            return self.delta_linear(x, adapters[0], self.base_layer)
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter in self.active_adapters:
-            if adapter in self.specs:
-                result = result + self.update(x, adapter).to(result.dtype)
+        for adapter in adapters:
+            result = result + self.update(x, adapter).to(result.dtype)
         return result
+
+    def _takes_base(self, x: Tensor, adapter: str) -> bool:
+        """Whether the frozen weight can go into the adapter's product, which saves passes over memory.
+
+        Where the base layer is more than a matrix (quantised, hooked, offloaded, another dtype), it is called as it is.
+        """
+        base = self.base_layer
+        if type(base) is not nn.Linear or self.quantization_backend is not None or x.itemsize < 4:
+            return False
+        if self.training and type(self.kron_dropout[adapter]) is nn.Dropout:
+            return False
+        if not x.dtype == base.weight.dtype == self.factors(adapter)[0].dtype:
+            return False
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        return not any(hooks) and "forward" not in vars(base)
 
     def update(self, x: Tensor, adapter: str) -> Tensor:
         """What `adapter` adds to the layer's output for the input x."""
-        if self._awaiting and not torch.compiler.is_compiling():
-            self.check_loaded([adapter])
         if self.host.takes_dropout:
             x = self.kron_dropout[adapter](self._cast_input_dtype(x, self.factors(adapter)[0].dtype))
         return self.host.update(self, x, adapter)
 
     def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Row i of the batch goes through adapter_names[i]; "__base__" is the base model."""
+        self.check_loaded(adapter_names)
         result = self.base_layer(x, *args, **kwargs)
         for adapter in dict.fromkeys(adapter_names):
             if adapter in self.specs:
@@ -299,8 +316,7 @@ class ParameterLayer(KronLayer):
         if not adapters:
             yield
             return
-        if self._awaiting and not torch.compiler.is_compiling():
-            self.check_loaded(adapters)
+        self.check_loaded(adapters)
         base, name = self.get_base_layer(), self.weight_name
         delta = torch.stack([self.get_delta_weight(a) for a in adapters]).sum(0).to(self.base_parameter.dtype)
         trainable = self.base_parameter.requires_grad

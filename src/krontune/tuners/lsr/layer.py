@@ -57,8 +57,10 @@ class LsrLayer(KronLayer, nn.Module):
         A, B = self.lora_factors(adapter)
         return self.scaling[adapter] * (B @ A)
 
-    def delta_linear(self, x: Tensor, adapter: str) -> Tensor:
-        return self.scaling[adapter] * separated_linear(x, self.a_factors(adapter), self.b_factors(adapter))
+    def delta_linear(self, x: Tensor, adapter: str, base: nn.Linear | None = None) -> Tensor:
+        weight, bias = (None, None) if base is None else (base.weight, base.bias)
+        A, B = self.a_factors(adapter), self.b_factors(adapter)
+        return separated_linear(x, A, B, weight, bias, self.scaling[adapter])
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         A, B = self.lora_factors(adapter)

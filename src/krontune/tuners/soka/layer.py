@@ -63,9 +63,9 @@ class SokaLayer(KronLayer, nn.Module):
     def delta_matrix(self, adapter: str) -> Tensor:
         return self.scaling[adapter] * kron_sum(*self.kron_terms(adapter))
 
-    def delta_linear(self, x: Tensor, adapter: str) -> Tensor:
-        dA, dB, A0, B0 = self.factors(adapter)
-        return kron_delta_linear(x, dA, dB, A0, B0, scale=self.scaling[adapter])
+    def delta_linear(self, x: Tensor, adapter: str, base: nn.Linear | None = None) -> Tensor:
+        weight, bias = (None, None) if base is None else (base.weight, base.bias)
+        return kron_delta_linear(x, *self.factors(adapter), weight, bias, self.scaling[adapter])
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         return self.scaling[adapter] * kron_embedding(ids, *self.kron_terms(adapter))
