@@ -1,0 +1,9 @@
+"""From one form to another: plain LoRAs for serving, merged models, smaller adapters, other Kronecker formats."""
+
+from krontune.convert.adapter import Adapter as Adapter
+from krontune.convert.adapter import open_adapter as open_adapter
+from krontune.convert.merging import Merge as Merge
+from krontune.convert.merging import merge as merge
+from krontune.convert.to_lora import VLLM_RANKS as VLLM_RANKS
+from krontune.convert.to_lora import Export as Export
+from krontune.convert.to_lora import export_lora as export_lora

@@ -1,0 +1,195 @@
+"""The update of one weight, in the form that each method stores it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from krontune.kron import condition_number, kron_sum, nearest_lowrank, separated_sum
+from krontune.kron.product import delta_terms
+
+
+class Update(Protocol):
+    """dW of one weight, scale included. Everything is float32."""
+
+    @property
+    def n_params(self) -> int:
+        """Stored values."""
+
+    @property
+    def experts(self) -> int | None:
+        """Number of matrices of a 3-D weight."""
+
+    def dense(self) -> Tensor:
+        """(m, n), or (experts, m, n)."""
+
+    def lowrank(self, rank: int | None = None, error: float | None = None) -> LowRankPair:
+        """The nearest B @ A of a rank, or of the least rank with a relative error. Not for experts.
+
+        With neither, an update that is such a product gives it exactly.
+        """
+
+    def describe(self) -> dict[str, object]:
+        """Sizes and condition, for people."""
+
+
+@dataclass(frozen=True)
+class LowRankPair:
+    """B @ A in place of an update."""
+
+    B: Tensor  # (m, r)
+    A: Tensor  # (r, n)
+    error: float  # ||dW - B A||_F / ||dW||_F; 0 where it is the same by construction
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class LsrUpdate:
+    """scale * separated_sum(b_factors) @ separated_sum(a_factors)."""
+
+    a_factors: list[Tensor]  # each (s, r_i, n_i), or (experts, s, r_i, n_i)
+    b_factors: list[Tensor]  # each (s, m_i, r_i)
+    scale: float
+
+    @property
+    def n_params(self) -> int:
+        return sum(f.numel() for f in (*self.a_factors, *self.b_factors))
+
+    @property
+    def experts(self) -> int | None:
+        return len(self.a_factors[0]) if self.a_factors[0].dim() == 4 else None
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """B (m, r) with the scale, and A (r, n)."""
+        return self.scale * separated_sum(self.b_factors), separated_sum(self.a_factors)
+
+    def dense(self) -> Tensor:
+        if self.experts is None:
+            B, A = self.pair()
+            return B @ A
+        each = zip(zip(*self.a_factors), zip(*self.b_factors))
+        return torch.stack([LsrUpdate(list(a), list(b), self.scale).dense() for a, b in each])
+
+    def lowrank(self, rank: int | None = None, error: float | None = None) -> LowRankPair:
+        return truncate(*self.pair(), rank, error)
+
+    def describe(self) -> dict[str, object]:
+        sides = {"A": self.a_factors, "B": self.b_factors}
+        described: dict[str, object] = {
+            "r": math.prod(f.shape[-2] for f in self.a_factors),
+            "separation_rank": self.a_factors[0].shape[-3],
+            "factors": {name: _shapes(factors) for name, factors in sides.items()},
+        }
+        if self.experts is None:
+            described["condition"] = {name: condition_number(factors) for name, factors in sides.items()}
+        return described
+
+
+@dataclass(frozen=True)
+class KronUpdate:
+    """scale * sum_k A_k (x) B_k. SoKA's update, 2K terms, and LoKr's, one."""
+
+    A: Tensor  # (K, m1, n1), or (experts, K, m1, n1)
+    B: Tensor  # (K, m2, n2)
+    scale: float
+    n_params: int
+    r: int  # what the method calls its rank
+
+    @property
+    def experts(self) -> int | None:
+        return len(self.A) if self.A.dim() == 4 else None
+
+    def dense(self) -> Tensor:
+        return self.scale * kron_sum(self.A, self.B)
+
+    def lowrank(self, rank: int | None = None, error: float | None = None) -> LowRankPair:
+        inner = _inner_size(self.A, self.B)
+        if inner < min(self.A.shape[-2] * self.B.shape[-2], self.A.shape[-1] * self.B.shape[-1]) // 2:
+            return truncate(*_thin_product(self.scale * self.A, self.B), rank, error)
+        near = nearest_lowrank(self.scale * self.A, self.B, rank=rank, rel_error=error)
+        return LowRankPair(near.U, near.V, near.error)
+
+    def describe(self) -> dict[str, object]:
+        return {"r": self.r, "factors": {"A": _shapes([self.A]), "B": _shapes([self.B])}}
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """scale * B @ A."""
+
+    A: Tensor  # (r, n)
+    B: Tensor  # (m, r)
+    scale: float
+
+    @property
+    def n_params(self) -> int:
+        return self.A.numel() + self.B.numel()
+
+    @property
+    def experts(self) -> int | None:
+        return None
+
+    def dense(self) -> Tensor:
+        return self.scale * (self.B @ self.A)
+
+    def lowrank(self, rank: int | None = None, error: float | None = None) -> LowRankPair:
+        return truncate(self.scale * self.B, self.A, rank, error)
+
+    def describe(self) -> dict[str, object]:
+        return {"r": self.A.shape[0], "factors": {"A": _shapes([self.A]), "B": _shapes([self.B])}}
+
+
+def soka_update(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor, scale: float) -> KronUpdate:
+    """SoKA's update as one Kronecker sum of 2K terms."""
+    A, B = delta_terms(dA, dB, A0, B0)
+    return KronUpdate(A, B, scale, dA.numel() + dB.numel(), dA.shape[-3])
+
+
+def _inner_size(A: Tensor, B: Tensor) -> int:
+    """A bound on the rank of sum_k A_k (x) B_k: the inner size of `_thin_product`."""
+    K, m1, n1 = A.shape
+    _, m2, n2 = B.shape
+    return K * min(n1 * m2, m1 * n2)
+
+
+def _thin_product(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_k A_k (x) B_k as (m, inner) @ (inner, n), by A (x) B = (A (x) I) (I (x) B) = (I (x) B) (A (x) I)."""
+    (K, m1, n1), (_, m2, n2) = A.shape, B.shape
+    if n1 * m2 <= m1 * n2:
+        left = torch.einsum("kij,ab->iakjb", A, torch.eye(m2)).reshape(m1 * m2, K * n1 * m2)
+        right = torch.einsum("jl,kbd->kjbld", torch.eye(n1), B).reshape(K * n1 * m2, n1 * n2)
+    else:
+        left = torch.einsum("il,kbd->ibkld", torch.eye(m1), B).reshape(m1 * m2, K * m1 * n2)
+        right = torch.einsum("kij,ab->kiajb", A, torch.eye(n2)).reshape(K * m1 * n2, n1 * n2)
+    return left, right
+
+
+def truncate(B: Tensor, A: Tensor, rank: int | None, error: float | None) -> LowRankPair:
+    """The nearest product of a lower rank to B @ A, from their QR factors: nothing of (m, n) is formed.
+
+    With neither rank nor error, or a rank that is not lower, B and A as they are.
+    """
+    r = A.shape[0]
+    if error is None and (rank is None or rank >= r):
+        return LowRankPair(B, A, 0.0)
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
+    tails = S.square().flip(0).cumsum(0).flip(0).sqrt() / S.norm().clamp_min(torch.finfo(S.dtype).tiny)
+    k = rank if error is None else int((tails > error).sum())
+    k = max(1, min(k or 1, len(S)))
+    root = S[:k].sqrt()
+    lost = float(tails[k]) if k < len(S) else 0.0
+    return LowRankPair((Q_B @ U[:, :k] * root).float(), (root[:, None] * Vh[:k] @ Q_A.mT).float(), lost)
+
+
+def _shapes(tensors: list[Tensor]) -> list[list[int]]:
+    """The sizes of each factor, without the number of terms."""
+    return [list(t.shape[-2:]) for t in tensors]
