@@ -13,6 +13,9 @@ from krontune.errors import ConfigError
 #: An elbow weaker than this is no elbow: ordinary weights give 0.18-0.37, real elbows gave 0.55 and 0.95.
 ELBOW_ACCEPTED = 0.4
 
+#: A spectrum whose squares fall by no more than this share is flat: the shape of its rounding errors is no elbow.
+FLAT = 1e-4
+
 RULES = ("energy", "elbow", "spectrum")
 
 
@@ -59,7 +62,7 @@ def elbow_rank(sigma: Tensor) -> Elbow:
     """
     squares = sigma.double().square()
     drop = float(squares[0] - squares[-1])
-    if len(squares) < 2 or drop <= 0:
+    if len(squares) < 2 or drop <= FLAT * float(squares[0]):
         return Elbow(len(squares), 0.0)
     x = torch.linspace(0, 1, len(squares), dtype=torch.float64, device=squares.device)
     distance = 1 - x - (squares - squares[-1]) / drop
