@@ -104,7 +104,7 @@ def test_vllm_ranks_are_padded_to_one(name: str, base: Path, adapters: dict[str,
 
 
 def test_names_and_scale_are_what_other_readers_expect(adapters: dict[str, Path], tmp_path: Path) -> None:
-    """llama.cpp's converter wants base_model.model.NAME.lora_{A,B}.weight; vLLM divides lora_alpha by r and reads no more."""
+    """llama.cpp wants base_model.model.NAME.lora_A.weight; vLLM divides lora_alpha by r and reads no more."""
     out = exported(adapters["lsr"], tmp_path)
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"

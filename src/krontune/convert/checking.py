@@ -17,7 +17,7 @@ from krontune.weights import Source
 
 #: How far logits may be apart, relative to their norm, where the weights were rounded to that dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_SHAPE = (2, 24)
+_ROWS, _TOKENS = 2, 24
 
 
 class LogitsCheck(NamedTuple):
@@ -35,8 +35,7 @@ def check_logits(adapter: Adapter, base: Base, merged: Path, dtype: torch.dtype)
         CheckpointError: they differ by more than rounding to `dtype` explains.
     """
     model = base.load()
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randint(0, int(model.config.vocab_size), _SHAPE, generator=generator)
+    sample = _sample(model.config)
     adapted = PeftModel.from_pretrained(model, str(adapter.folder))
     with adapted.disable_adapter():
         before = logits(adapted, sample)
@@ -52,6 +51,13 @@ def check_logits(adapter: Adapter, base: Base, merged: Path, dtype: torch.dtype)
             f"{result.tolerance:.0e}. Nothing was written. Please report this with the adapter's config."
         )
     return result
+
+
+def _sample(config: Any) -> Tensor:
+    """Random token ids, the same every time, within the positions that the model has."""
+    positions = getattr(config, "max_position_embeddings", None) or _TOKENS + 4
+    shape = (_ROWS, max(1, min(_TOKENS, positions - 4)))  # RoBERTa's first positions are reserved
+    return torch.randint(0, int(config.vocab_size), shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -150,8 +150,8 @@ def _write_weights(
 ) -> int:
     """Write the merged shards and their index; returns how many tensors came whole from the adapter."""
     updated = {place.weight: name for name, place in places.items()}
-    whole = set(adapter.others)
-    shards = _shards(base, set(updated), whole)
+    whole = {key.replace(".base_layer.", "."): key for key in adapter.others}
+    shards = _shards(base, set(updated), set(whole))
     missing = set(updated) - {name for names in shards.values() for name in names}
     if missing:
         raise CheckpointError(
@@ -161,7 +161,7 @@ def _write_weights(
     for file in progress(list(shards)):
         tensors = {}
         for name, stored in shards[file].items():
-            tensor = adapter.read(name) if name in whole else base.weights.read(stored)
+            tensor = adapter.read(whole[name]) if name in whole else base.weights.read(stored)
             if name in updated:
                 tensor = _merged(tensor, adapter, updated[name], places[updated[name]])
             tensors[name] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
