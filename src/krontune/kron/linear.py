@@ -15,6 +15,7 @@ from krontune.kron.autograd import cast_to, flat, plain_grads, to_compute, witho
 from krontune.kron.cost import choose_path, prices_of
 from krontune.kron.paths import PATHS, Terms, apply_terms, merge_terms, merged_grads, terms_grads
 from krontune.kron.product import kron_sum, sum_shape
+from krontune.kron.shapes import KronShape
 
 _remembered_choice = lru_cache(maxsize=4096)(choose_path)
 
@@ -112,24 +113,27 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float,
     if path not in (*PATHS, "auto"):
         raise ConfigError(f"path {path!r} is unknown; allowed: auto, {', '.join(PATHS)}.")
     x = to_compute(x)
-    differentiable = [t for t in (x, weight, bias, *factors) if t is not None and t.requires_grad]
-    backward = bool(differentiable) and torch.is_grad_enabled()
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *factors))
     if path == "auto":
         K = len(factors[0])
-        choose = choose_path if torch.compiler.is_compiling() else _remembered_choice
-        path = choose(
-            math.prod(x.shape[:-1]),
-            shape,
-            K if len(factors) == 2 else 2 * K,
-            K if backward else 0,
-            fold_weight=_folds(weight, x),
-            prices=prices_of(x.device.type),
-        )
+        terms, trained = (K if len(factors) == 2 else 2 * K), (K if backward else 0)
+        path = _choose(math.prod(x.shape[:-1]), shape, terms, trained, _folds(weight, x), x.device.type)
     if torch.compiler.is_compiling():
         return _plain(x, weight, bias, scale, path, *factors)
     with without_autocast(x):
         product = _KronLinear.apply if backward else _fast
         return product(x, weight, bias, scale, path, *factors)
+
+
+def _choose(tokens: int, shape: KronShape, terms: int, trained: int, fold_weight: bool, device: str) -> str:
+    """`choose_path`, remembered; in torch.compile for a power of four of tokens, so that a graph holds for a range."""
+    prices = prices_of(device)
+    if not torch.compiler.is_compiling():
+        return _remembered_choice(tokens, shape, terms, trained, fold_weight=fold_weight, prices=prices)
+    nominal = 1
+    while tokens > 2 * nominal and nominal < 4**8:
+        nominal *= 4
+    return choose_path(nominal, shape, terms, trained, fold_weight=fold_weight, prices=prices)
 
 
 def _folds(weight: Tensor | None, x: Tensor) -> bool:

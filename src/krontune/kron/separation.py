@@ -55,7 +55,7 @@ def separated_grads(factors: Sequence[Tensor], G: Tensor) -> list[Tensor]:
 
 def separated_shape(factors: Sequence[Tensor]) -> tuple[int, int]:
     """The shape of separated_sum(factors)."""
-    return math.prod(f.shape[1] for f in factors), math.prod(f.shape[2] for f in factors)
+    return math.prod([f.shape[1] for f in factors]), math.prod([f.shape[2] for f in factors])
 
 
 def term_norms(factors: Sequence[Tensor]) -> Tensor:
