@@ -1,0 +1,205 @@
+"""The papers' tasks: where their rows come from, how a row becomes text, and how an answer is judged."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from krontune.errors import ConfigError
+
+from .config import suggest
+
+Row = dict[str, Any]
+Kind = Literal["classify", "regress", "choose", "answer", "math", "code"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark task.
+
+    Args:
+        name: what the user calls it, and the folder of its local files.
+        kind: "classify" and "regress" put a head on the text; "choose" scores every candidate text and takes the best;
+            "answer" is a final number, "math" a final expression, "code" a program that must pass its tests.
+        hub: data set and configuration on the Hub.
+        texts: one or two templates over the row's fields. For "choose", one pair a candidate.
+        labels: the classes' names in the order of their numbers; of "choose", the candidates.
+        metrics: names in krontune.recipes.metrics; for generated answers, see evaluate.py.
+        splits: the names of the splits for training and for evaluation.
+        prompt, completion: templates for generation and for training towards it.
+        stop: the generated text is cut before the first of these.
+        max_new_tokens: where a generated answer is cut off.
+    """
+
+    name: str
+    kind: Kind
+    hub: tuple[str, str | None]
+    texts: tuple[tuple[str, ...], ...] = ()
+    labels: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("accuracy",)
+    splits: tuple[str, str] = ("train", "validation")
+    prompt: str = ""
+    completion: str = ""
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answer is text that a language model writes."""
+        return self.kind in ("answer", "math", "code")
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs of the head for one text."""
+        return 1 if self.kind in ("regress", "choose") else len(self.labels)
+
+    def candidates(self, row: Row) -> list[tuple[str, ...]]:
+        """The texts to encode for a row: one, or one a choice."""
+        return [tuple(template.format_map(row) for template in templates) for templates in self.texts]
+
+
+def _glue(name: str, texts: tuple[str, ...], labels: Sequence[str], metrics: Sequence[str], **more: Any) -> Task:
+    kind: Kind = "classify" if labels else "regress"
+    return Task(name, kind, ("nyu-mll/glue", name), (texts,), tuple(labels), tuple(metrics), **more)
+
+
+def _super_glue(
+    name: str, *texts: tuple[str, ...], labels: Sequence[str], metrics: Sequence[str] = ("accuracy",)
+) -> Task:
+    kind: Kind = "choose" if len(texts) > 1 else "classify"
+    return Task(name, kind, ("aps/super_glue", name), texts, tuple(labels), tuple(metrics))
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_PROBLEM = "Question: {question}\nAnswer:"
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _glue("cola", ("{sentence}",), ("unacceptable", "acceptable"), ("matthews",)),
+        _glue("sst2", ("{sentence}",), ("negative", "positive"), ("accuracy",)),
+        _glue("mrpc", ("{sentence1}", "{sentence2}"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+        _glue("stsb", ("{sentence1}", "{sentence2}"), (), ("pearson", "spearman")),
+        _glue("qqp", ("{question1}", "{question2}"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+        _glue(
+            "mnli",
+            ("{premise}", "{hypothesis}"),
+            ("entailment", "neutral", "contradiction"),
+            ("accuracy",),
+            splits=("train", "validation_matched"),
+        ),
+        _glue("qnli", ("{question}", "{sentence}"), _ENTAILMENT, ("accuracy",)),
+        _glue("rte", ("{sentence1}", "{sentence2}"), _ENTAILMENT, ("accuracy",)),
+        _super_glue("boolq", ("{question}", "{passage}"), labels=("no", "yes")),
+        _super_glue(
+            "cb",
+            ("{premise}", "{hypothesis}"),
+            labels=("entailment", "contradiction", "neutral"),
+            metrics=("accuracy", "macro_f1"),
+        ),
+        _super_glue(
+            "copa",
+            ("{premise} What was the {question}?", "{choice1}"),
+            ("{premise} What was the {question}?", "{choice2}"),
+            labels=("choice1", "choice2"),
+        ),
+        _super_glue("wic", ("{word}: {sentence1}", "{sentence2}"), labels=("different", "same")),
+        _super_glue("wsc", ("{text}", "{span2_text} is {span1_text}"), labels=("no", "yes")),
+        Task(
+            "gsm8k",
+            "answer",
+            ("openai/gsm8k", "main"),
+            metrics=("exact_match",),
+            splits=("train", "test"),
+            prompt=_PROBLEM,
+            completion=" {answer}",
+            stop=("\nQuestion:",),
+        ),
+        Task(
+            "math",
+            "math",
+            ("EleutherAI/hendrycks_math", "all"),
+            metrics=("exact_match",),
+            splits=("train", "test"),
+            prompt="Question: {problem}\nPut the final answer in \\boxed{{}}.\nAnswer:",
+            completion=" {solution}",
+            stop=("\nQuestion:",),
+            max_new_tokens=512,
+        ),
+        Task(
+            "mbpp",
+            "code",
+            ("google-research-datasets/mbpp", "full"),
+            metrics=("pass@1",),
+            splits=("train", "test"),
+            prompt='"""\n{text}\nYour code should pass these tests:\n{tests}\n"""\n',
+            completion="{code}\n",
+            stop=('\n"""', "\nassert", "\nprint(", "\nif __name__", "\n```"),
+        ),
+        Task(
+            "humaneval",
+            "code",
+            ("openai/openai_humaneval", None),
+            metrics=("pass@1",),
+            splits=("test", "test"),
+            prompt="{prompt}",
+            completion="{canonical_solution}",
+            stop=("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert", "\n```"),
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """A task by its name.
+
+    Raises:
+        ConfigError: there is none; the nearest name is suggested.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}. {suggest(name, TASKS)}")
+    return TASKS[name]
+
+
+def load_rows(task: Task, split: str, data_dir: Path | None = None) -> list[Row]:
+    """The rows of a split: of DATA_DIR/TASK/SPLIT.jsonl, or of the data set on the Hub.
+
+    Raises:
+        ConfigError: no such file or data set.
+    """
+    if data_dir is None:
+        return _from_hub(task, split)
+    path = data_dir / task.name / f"{split}.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}. --data-dir holds TASK/SPLIT.jsonl, with the keys of {task.hub[0]}.")
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _from_hub(task: Task, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(task.hub[0], task.hub[1], split=split))
+    except Exception as error:  # the Hub client raises a dozen unrelated kinds
+        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ConfigError(
+            f"cannot load {task.hub[0]} for the task {task.name!r}: {first_line} Or give local files with --data-dir."
+        ) from None
+
+
+def fill(template: str, row: Row) -> str:
+    """A prompt or completion: the template over the row's fields, with `tests` for a list of assertions."""
+    tests = {"tests": "\n".join(row["test_list"])} if "test_list" in row else {}
+    return template.format_map({**row, **tests})
+
+
+def subset(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows, drawn with the seed and kept in their order; the same rows every time."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
+    return [rows[i] for i in chosen]
