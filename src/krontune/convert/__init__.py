@@ -2,6 +2,8 @@
 
 from krontune.convert.adapter import Adapter as Adapter
 from krontune.convert.adapter import open_adapter as open_adapter
+from krontune.convert.compression import Compression as Compression
+from krontune.convert.compression import compress as compress
 from krontune.convert.merging import Merge as Merge
 from krontune.convert.merging import merge as merge
 from krontune.convert.to_lora import VLLM_RANKS as VLLM_RANKS
