@@ -62,6 +62,21 @@ def test_a_zero_start_can_learn(tiny, batch, start):
         assert all(torch.isfinite(g).all() for g in gradients), name
 
 
+@pytest.mark.parametrize("weight", ["zero", "of one term"])
+def test_every_term_can_learn(net, method, weight):
+    """Also where the weight has fewer terms than the adapter, or none: a term that starts at zero would never move."""
+    base = torch.nn.Linear(24, 36)
+    row, column = (torch.zeros(24), torch.zeros(36)) if weight == "zero" else (torch.randn(24), torch.randn(36))
+    base.weight.data = torch.outer(column, row)
+    model = adapted(net(base), method(target_modules=["layer"]), trained=False)
+    layer = one_layer(model)
+    x = torch.randn(7, 24)
+    assert torch.equal(model(x), base(x))
+    model(x).square().sum().backward()
+    gradients = [f.grad.flatten(1).norm(dim=1) for f in layer.factors("default") if f.requires_grad]
+    assert (torch.stack([g for g in gradients if g.any()]).sum(0) > 1e-6).all()
+
+
 @pytest.mark.parametrize("config_class", [LsrConfig, SokaConfig])
 def test_false_is_a_random_start(tiny, batch, config_class):
     model = adapted(tiny(), config_class(r=4, init_weights=False, target_modules=TARGETS), trained=False)

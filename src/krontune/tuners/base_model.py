@@ -22,7 +22,7 @@ from krontune.tuners import _peft
 from krontune.tuners.base_config import KronConfig, check_choice, check_number
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.checkpoint import check_base, check_tensors, fingerprint, spec_to_dict
-from krontune.tuners.gradient import take_gradient
+from krontune.tuners.gradient import drop_gradient, kept_gradient
 from krontune.tuners.mixed import adapter_by_row
 
 
@@ -143,10 +143,12 @@ class KronModel(_peft.BaseTuner):
             resolved = self.resolve(config, self._targets)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in self._targets.items():
-            gradient = take_gradient(layer)
-            start = None if config.resolved else self.start(config, name, layer, resolved[name], gradient)
+            new = config.resolved is None
+            start = self.start(config, name, layer, resolved[name], kept_gradient(layer)) if new else None
             alpha = pattern_value(config.alpha_pattern, name, config.alpha)
             layer.add(adapter_name, resolved[name].spec, float(alpha), config.dropout, start, trainable)
+        for layer in self._targets.values():
+            drop_gradient(layer)
         if config.resolved is None:
             paths = {name: path for name, path, _ in self._named_layers()}
             config.resolved = {name: _entry(base[name], resolved[name], name, paths[name]) for name in self._targets}

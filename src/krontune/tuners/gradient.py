@@ -91,7 +91,10 @@ def _targets(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, nn.Par
                 found = True
                 yield full, parameter
     if not found:
-        raise ConfigError(f"target_modules={config.target_modules} matched nothing in the model.")
+        raise ConfigError(
+            f"target_modules={config.target_modules} and target_parameters={config.target_parameters} matched nothing. "
+            "preprocess_gradient takes the base model, before get_peft_model."
+        )
 
 
 def _tuner_class(config: KronConfig) -> Any:
@@ -100,12 +103,15 @@ def _tuner_class(config: KronConfig) -> Any:
     return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
 
 
-def take_gradient(layer: KronLayer) -> Tensor | None:
-    """The gradient that preprocess_gradient left for a layer, as a matrix, and remove it; None if there is none."""
-    kept = layer.get_base_layer().__dict__.get(_ATTRIBUTE)
-    if not kept or layer.weight_name not in kept:
-        return None
-    gradient = kept.pop(layer.weight_name)
+def kept_gradient(layer: KronLayer) -> Tensor | None:
+    """The gradient that preprocess_gradient left for a layer, as a matrix; None if there is none."""
+    gradient = layer.get_base_layer().__dict__.get(_ATTRIBUTE, {}).get(layer.weight_name)
+    return None if gradient is None else layer.host.to_matrix(gradient)
+
+
+def drop_gradient(layer: KronLayer) -> None:
+    """Forget that gradient: the start has been made from it."""
+    kept = layer.get_base_layer().__dict__.get(_ATTRIBUTE, {})
+    kept.pop(layer.weight_name, None)
     if not kept:
-        delattr(layer.get_base_layer(), _ATTRIBUTE)
-    return layer.host.to_matrix(gradient)
+        layer.get_base_layer().__dict__.pop(_ATTRIBUTE, None)

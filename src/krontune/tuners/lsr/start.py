@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from krontune.errors import ConfigError
-from krontune.kron import nearest_separated, separated_sum
+from krontune.kron import nearest_separated, separated_sum, term_norms
 from krontune.tuners.lsr.config import LsrSpec
 
 Factors = tuple[list[Tensor], list[Tensor]]  # those of A and those of B
 
 _PAPER_STD = 0.01
+_NOISE = 1e-5  # a KPSVD's terms below this share of its first are rounding errors
 
 
 def lsr_start(spec: LsrSpec, init_weights: bool | str, gradient: Tensor | None = None) -> Factors:
@@ -65,6 +66,7 @@ def _gradient_factors(spec: LsrSpec, gradient: Tensor | None, random: list[Tenso
     terms = nearest_separated(rows, spec.rank_factors, spec.in_factors, spec.separation_rank)
     ratio = separated_sum(random).norm() / separated_sum(terms).norm()
     scale = float(ratio) ** (1 / len(terms))
-    spare = (terms[0].flatten(1).norm(dim=1) == 0)[:, None, None]
+    norms = term_norms(terms)
+    spare = (norms <= _NOISE * norms.max()).to(terms[0].device)[:, None, None]
     tenth = 0.1 ** (1 / len(terms))
     return [torch.where(spare, noise * tenth, term * scale) for term, noise in zip(terms, random, strict=True)]

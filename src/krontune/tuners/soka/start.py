@@ -10,6 +10,8 @@ from krontune.kron import Kpsvd, nearest_kron
 from krontune.tuners.soka.config import SokaSpec
 from krontune.tuners.soka.layer import SokaStart
 
+_NOISE = 1e-5  # a KPSVD's terms below this share of its first are rounding errors
+
 
 def soka_start(spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gradient: Tensor | None) -> SokaStart:
     """The four tensors that `init_weights` asks for, float32, for one matrix.
@@ -32,23 +34,26 @@ def _frozen_terms(
     spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (m1, n1), (m2, n2) = spec.left, spec.right
+    random, zero = torch.randn(spec.r, m1, n1) / (spec.r * n1) ** 0.5, torch.zeros(spec.r, m2, n2)
     if init_weights in (True, "principal") and kpsvd is not None:
-        return _pad(kpsvd.A.cpu(), spec.r), _pad(kpsvd.B.cpu(), spec.r)
-    B0 = torch.zeros(spec.r, m2, n2)
-    random = torch.randn(spec.r, m1, n1) / (spec.r * n1) ** 0.5
+        return _where_strong(kpsvd.sigma, kpsvd.A, kpsvd.B, random, zero)
     if init_weights != "gradient":
-        return random, B0
+        return random, zero
     if gradient is None:
         raise ConfigError(
             "init_weights='gradient' needs the mean gradient of a few batches. Call "
             "krontune.preprocess_gradient(model, config, train_step) before get_peft_model."
         )
     top = nearest_kron(-gradient, spec.shape, spec.r)
-    A0 = _pad(top.A.cpu(), spec.r)
-    return A0 * (random.norm() / A0.norm()), B0
+    scale = random.norm() / top.A.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return _where_strong(top.sigma, top.A * scale.to(top.A.device), zero, random, zero)
 
 
-def _pad(terms: Tensor, r: int) -> Tensor:
-    """The first r terms; zero terms where there are fewer."""
-    missing = r - len(terms)
-    return terms[:r] if missing <= 0 else torch.cat([terms, terms.new_zeros(missing, *terms.shape[1:])])
+def _where_strong(sigma: Tensor, A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The first r terms (A, B), and (other_A, other_B) for those that are no more than rounding errors.
+
+    With A0 = B0 = 0 a term would never have a gradient.
+    """
+    r = len(other_A)
+    strong = (sigma[:r] > _NOISE * sigma[0]).cpu()[:, None, None]
+    return torch.where(strong, A[:r].cpu(), other_A), torch.where(strong, B[:r].cpu(), other_B)
