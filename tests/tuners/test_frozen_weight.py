@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from krontune.tuners.base_layer import KronLayer
-from tests.tuners.helpers import METHODS, kron_layers, one_layer, train_a_little
+from tests.tuners.helpers import METHODS, one_layer, train_a_little
 
 
 class Holder(nn.Module):
@@ -135,7 +135,6 @@ def test_what_is_kept_belongs_to_one_adapter(layer):
     x = torch.randn(3, 24)
     with torch.no_grad():
         first = layer(x)
-        model = get_peft_model(Holder(), METHODS["lsr"](target_modules=["linear"]))
         other = copy.deepcopy(layer)
         other.factors("default")[0].mul_(2)
         assert not torch.allclose(other(x), first)
@@ -147,7 +146,6 @@ def test_what_is_kept_belongs_to_one_adapter(layer):
         assert torch.equal(layer(x), layer.base_layer(x))
         layer.enable_adapters(True)
         assert torch.equal(layer(x), first)
-    assert len(kron_layers(model)) == 1
 
 
 def test_a_gradient_flows_after_inference(layer):

@@ -14,6 +14,8 @@ from krontune.kron.product import kron_embedding as kron_embedding
 from krontune.kron.product import kron_sum as kron_sum
 from krontune.kron.rearrange import rearrange as rearrange
 from krontune.kron.rearrange import unrearrange as unrearrange
+from krontune.kron.separated_linear import low_rank_linear as low_rank_linear
+from krontune.kron.separated_linear import low_rank_pair as low_rank_pair
 from krontune.kron.separated_linear import separated_linear as separated_linear
 from krontune.kron.separation import condition_number as condition_number
 from krontune.kron.separation import nearest_separated as nearest_separated

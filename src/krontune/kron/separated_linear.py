@@ -61,15 +61,38 @@ def separated_linear(
         return (_SeparatedLinear.apply if backward else _fast)(*inputs)
 
 
-def _low_rank(factors: Sequence[Tensor], d: int, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A (r, n) and scale * B^T (r, m), from the factors of both. Products with rows of length r would be slow."""
-    first, *others = (f.mT for f in factors[d:])
-    return separated_sum(factors[:d]).to(dtype), separated_sum([scale * first, *others]).to(dtype)
+def low_rank_linear(
+    x: Tensor, A: Tensor, Bt: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """x @ (weight + Bt^T A)^T + bias: what `separated_linear` computes once A and B are built.
+
+    Args:
+        x: (..., n).
+        A: (r, n), dtype of x; as Bt, weight and bias.
+        Bt: (r, m), B transposed and scaled.
+        weight: (m, n), or None.
+        bias: (m,), or None.
+
+    Returns:
+        (..., m). The update is added into the weight's product, in place: no pass over memory of its own.
+    """
+    rows = flat(x)
+    h = F.linear(rows, A)
+    y = F.linear(h, Bt.mT, bias) if weight is None else F.linear(rows, weight, bias).addmm_(h, Bt)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def low_rank_pair(
+    a_factors: Sequence[Tensor], b_factors: Sequence[Tensor], scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A (r, n) and scale * B^T (r, m), for `low_rank_linear`. Products with rows of length r would be slow."""
+    first, *others = (f.mT for f in b_factors)
+    return separated_sum(a_factors).to(dtype), separated_sum([scale * first, *others]).to(dtype)
 
 
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d: int, *factors: Tensor) -> Tensor:
     """In differentiable torch operations alone: what torch.compile and a second derivative see."""
-    A, Bt = _low_rank(factors, d, scale, x.dtype)
+    A, Bt = low_rank_pair(factors[:d], factors[d:], scale, x.dtype)
     W, b = cast_to(weight, x), cast_to(bias, x)
     y = F.linear(x, A) @ Bt
     if W is not None:
@@ -79,11 +102,8 @@ def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, 
 
 def _fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d: int, *factors: Tensor) -> Tensor:
     """The same in fewer passes over memory: the update is added into the weight's product."""
-    A, Bt = _low_rank(factors, d, scale, x.dtype)
-    W, b, rows = cast_to(weight, x), cast_to(bias, x), flat(x)
-    h = F.linear(rows, A)
-    y = F.linear(h, Bt.mT, b) if W is None else F.linear(rows, W, b).addmm_(h, Bt)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    pair = low_rank_pair(factors[:d], factors[d:], scale, x.dtype)
+    return low_rank_linear(x, *pair, cast_to(weight, x), cast_to(bias, x))
 
 
 class _SeparatedLinear(torch.autograd.Function):
@@ -104,7 +124,7 @@ class _SeparatedLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated in turn
                 return plain_grads(_plain, g, (x, weight, bias, ctx.scale, ctx.d, *factors), ctx.needs_input_grad)
             need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
-            A, Bt = _low_rank(factors, ctx.d, ctx.scale, x.dtype)
+            A, Bt = low_rank_pair(factors[: ctx.d], factors[ctx.d :], ctx.scale, x.dtype)
             W, rows, g = cast_to(weight, x), flat(x), flat(g)
             gh = F.linear(g, Bt)
             gx = None

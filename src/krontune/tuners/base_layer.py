@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from krontune.errors import CheckpointError, ConfigError
 from krontune.tuners import _peft
 from krontune.tuners.hosts import host_of, storage_of
+from krontune.tuners.remembered import Remembered
 
 
 class KronLayer(_peft.BaseTunerLayer):
@@ -43,6 +44,7 @@ class KronLayer(_peft.BaseTunerLayer):
         self._disable_adapters = False
         self._unmerged: dict | None = None  # the weight as it was before the first merge
         self._awaiting: set[str] = set()  # adapters whose factors a checkpoint has yet to bring
+        self._built: dict[str, Remembered] = {}  # per adapter: what inference need not build from the factors again
 
     # ------------------------------------------------------------------------------------------- the method's own part
 
@@ -165,10 +167,16 @@ class KronLayer(_peft.BaseTunerLayer):
             return False
         if self.training and type(self.kron_dropout[adapter]) is nn.Dropout:
             return False
-        if not x.dtype == base.weight.dtype == self.factors(adapter)[0].dtype:
+        if x.dtype != base.weight.dtype:
             return False
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return not any(hooks) and "forward" not in vars(base)
+
+    def remembered(self, x: Tensor, adapter: str) -> Remembered | None:
+        """Where what the factors make up is kept between forwards: in eval mode, without gradients, on the CPU."""
+        if self.training or torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        return None if torch.compiler.is_compiling() else self._built.setdefault(adapter, Remembered())
 
     def update(self, x: Tensor, adapter: str) -> Tensor:
         """What `adapter` adds to the layer's output for the input x."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krontune.kron import separated_linear, separated_sum
+from krontune.kron import low_rank_linear, low_rank_pair, separated_linear, separated_sum
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.lsr.config import LsrSpec
 from krontune.tuners.lsr.start import Factors
@@ -36,11 +36,11 @@ class LsrLayer(KronLayer, nn.Module):
 
     def a_factors(self, adapter: str) -> list[Tensor]:
         """The factors of A, each (s, r_i, n_i)."""
-        return list(cast(nn.ParameterList, self.lsr_A[adapter]))
+        return _entries(self.lsr_A[adapter])
 
     def b_factors(self, adapter: str) -> list[Tensor]:
         """The factors of B, each (s, m_i, r_i)."""
-        return list(cast(nn.ParameterList, self.lsr_B[adapter]))
+        return _entries(self.lsr_B[adapter])
 
     def factors(self, adapter: str) -> list[Tensor]:
         return self.a_factors(adapter) + self.b_factors(adapter)
@@ -59,12 +59,21 @@ class LsrLayer(KronLayer, nn.Module):
 
     def delta_linear(self, x: Tensor, adapter: str, base: nn.Linear | None = None) -> Tensor:
         weight, bias = (None, None) if base is None else (base.weight, base.bias)
-        A, B = self.a_factors(adapter), self.b_factors(adapter)
-        return separated_linear(x, A, B, weight, bias, self.scaling[adapter])
+        A, B, scale = self.a_factors(adapter), self.b_factors(adapter), self.scaling[adapter]
+        built = self.remembered(x, adapter)
+        if built is None:
+            return separated_linear(x, A, B, weight, bias, scale)
+        pair = built.get([*A, *B], (scale, x.dtype), lambda: low_rank_pair(A, B, scale, x.dtype))
+        return low_rank_linear(x, *pair, weight, bias)
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         A, B = self.lora_factors(adapter)
         return self.scaling[adapter] * (F.embedding(ids, B) @ A)
+
+
+def _entries(factors: nn.Module) -> list[Tensor]:
+    """A ParameterList as a list, in a tenth of the time that iterating over it takes: this is in every forward."""
+    return list(cast(dict[str, nn.Parameter], factors._parameters).values())
 
 
 class ParamWrapper(ParameterLayer, LsrLayer):
