@@ -127,7 +127,8 @@ def path_work(path: str, T: int, shape: KronShape, K: int, k: int, fold_weight: 
         return pair + edge
     tokens, _, inner, columns = middle
     z_copy = Work() if fold else _copy(tokens * columns * inner * k)
-    factors = last_axis(k) + last_axis(k) + middle_axis(k) + z_copy + _copy(in_copied + out_copied)
+    recomputed = last_axis(k) if path.startswith("b") else middle_axis(k)  # Z, which is not kept
+    factors = recomputed + last_axis(k) + middle_axis(k) + z_copy + _copy(in_copied + out_copied)
     return pair + edge + pair + factors
 
 
