@@ -106,9 +106,13 @@ class KronConfig(PeftConfig):
         self._check_common()
 
     def _check_common(self) -> None:
-        check_number("alpha", self.alpha)
-        if self.alpha == 0:
-            raise ConfigError("alpha=0 switches the adapter off for good. Use another number, or disable_adapter().")
+        alphas = {f"alpha_pattern[{module!r}]": alpha for module, alpha in self.alpha_pattern.items()}
+        for name, alpha in {"alpha": self.alpha, **alphas}.items():
+            check_number(name, alpha)
+            if alpha == 0:
+                raise ConfigError(
+                    f"{name}=0 switches the adapter off for good. Use another number, or exclude_modules."
+                )
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not allowed. It must be in [0, 1).")
@@ -119,8 +123,6 @@ class KronConfig(PeftConfig):
             )
         for name, rank in self.rank_pattern.items():
             check_positive_int(f"rank_pattern[{name!r}]", rank)
-        for name, alpha in self.alpha_pattern.items():
-            check_number(f"alpha_pattern[{name!r}]", alpha)
         if self.target_parameters and self.dropout:
             raise ConfigError(
                 f"dropout={self.dropout} cannot be applied to target_parameters: the parameter's input is not seen. "

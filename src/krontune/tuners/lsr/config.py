@@ -114,15 +114,19 @@ class LsrConfig(KronConfig):
         check_positive_int("separation_rank", self.separation_rank)
         check_positive_int("n_factors", self.n_factors)
         check_choice("init_weights", self.init_weights, (True, False, "zero", "paper", "gradient"))
-        if isinstance(self.factor_shapes, dict):
-            # JSON turns the integer keys into strings
-            self.factor_shapes = {int(size): tuple(factors) for size, factors in self.factor_shapes.items()}
+        if self.factor_shapes != "auto":
+            self.factor_shapes = self._parse_factor_shapes()
             for size, factors in self.factor_shapes.items():
                 self._check_split(size, factors)
-        elif self.factor_shapes != "auto":
+
+    def _parse_factor_shapes(self) -> dict[int, tuple[int, ...]]:
+        shapes: Any = self.factor_shapes
+        try:  # JSON turns integer keys into strings, and tuples into lists
+            return {int(size): tuple(int(factor) for factor in factors) for size, factors in shapes.items()}
+        except (AttributeError, TypeError, ValueError):
             raise ConfigError(
-                f"factor_shapes={self.factor_shapes!r} is not allowed. It is 'auto', or a dict like {{768: (32, 24)}}."
-            )
+                f"factor_shapes={shapes!r} is not allowed. It is 'auto', or a dict like {{768: (32, 24)}}."
+            ) from None
 
     def _check_split(self, size: int, factors: tuple[int, ...]) -> None:
         if len(factors) != self.n_factors or math.prod(factors) != size or min(factors) < 1:

@@ -25,25 +25,14 @@ class LsrModel(KronModel):
     wrapper_class = ParamWrapper
 
     def resolve(self, config: LsrConfig, layers: dict[str, KronLayer]) -> dict[str, Resolved]:
-        resolved = {}
-        wasteful = []
+        specs = {}
         for name, layer in layers.items():
             experts, m, n = layer.sizes
-            r = pattern_value(config.rank_pattern, name, config.r)
-            spec = config.spec_for(m, n, r, experts)
-            resolved[name] = Resolved(spec)
-            lora = r * (m + n) * (spec.experts or 1)
-            if spec.n_params > lora:
-                wasteful.append((name, spec.n_params, lora))
-        if wasteful:
-            name, ours, lora = wasteful[0]
-            warnings.warn(
-                f"With r={config.r} and separation_rank={config.separation_rank}, {len(wasteful)} of {len(layers)} "
-                f"modules have more parameters than the LoRA of that rank, which can do at least as much: {name} has "
-                f"{ours} against {lora}. Lower separation_rank or raise r.",
-                stacklevel=2,
-            )
-        return resolved
+            specs[name] = config.spec_for(m, n, pattern_value(config.rank_pattern, name, config.r), experts)
+        _warn_of_waste(specs)
+        if isinstance(config.factor_shapes, dict):
+            _warn_of_unused(config.factor_shapes, specs)
+        return {name: Resolved(spec) for name, spec in specs.items()}
 
     def start(
         self, config: LsrConfig, name: str, layer: KronLayer, resolved: Resolved, gradient: Tensor | None
@@ -88,6 +77,30 @@ class LsrModel(KronModel):
         return joined, (
             [rows, *(torch.cat([a[i] for a in A], -3) for i in others)],
             [columns, *(torch.cat([b[i] for b in B], -3) for i in others)],
+        )
+
+
+def _warn_of_waste(specs: dict[str, LsrSpec]) -> None:
+    lora = {name: spec.r * sum(spec.matrix_shape[-2:]) * (spec.experts or 1) for name, spec in specs.items()}
+    wasteful = [name for name, spec in specs.items() if spec.n_params > lora[name]]
+    if wasteful:
+        name, spec = wasteful[0], specs[wasteful[0]]
+        warnings.warn(
+            f"{len(wasteful)} of {len(specs)} modules have more parameters than the LoRA of their rank, which can do "
+            f"at least as much: {name} has {spec.n_params} against {lora[name]}, with r={spec.r} and "
+            f"separation_rank={spec.separation_rank}. Lower separation_rank or raise r.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_unused(factor_shapes: dict[int, tuple[int, ...]], specs: dict[str, LsrSpec]) -> None:
+    sizes = {size for spec in specs.values() for size in (spec.r, *spec.matrix_shape[-2:])}
+    unused = sorted(factor_shapes.keys() - sizes)
+    if unused:
+        warnings.warn(
+            f"factor_shapes has no effect for {unused}: no adapted weight has a dimension, and no module a rank, of "
+            f"that size. There are {sorted(sizes)}.",
+            stacklevel=2,
         )
 
 

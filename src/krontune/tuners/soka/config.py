@@ -118,7 +118,17 @@ class SokaConfig(KronConfig):
         shape: Any = self.factor_shape
         if isinstance(shape, list):  # JSON has no tuples
             self.factor_shape = tuple(shape)
+        self._check_shape()
         self._check_rule()
+
+    def _check_shape(self) -> None:
+        shape: Any = self.factor_shape
+        sizes = shape if isinstance(shape, tuple) and len(shape) == 2 else (shape,)
+        if shape not in ("auto", "square") and not all(type(size) is int and size >= 1 for size in sizes):
+            raise ConfigError(
+                f"factor_shape={shape!r} is not allowed. It is 'auto', 'square', an integer p of at least 1, or a pair "
+                "(m1, n1) of them."
+            )
 
     def _check_rule(self) -> None:
         if not 0 < self.energy_threshold <= 1:
