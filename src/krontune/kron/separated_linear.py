@@ -24,7 +24,7 @@ def separated_linear(
 ) -> Tensor:
     """x @ (weight + scale * B A)^T + bias with A, B as separated representations: LSR-Adapt's layer.
 
-    Equations 3 and 4 of arXiv:2502.13568. Each of A and B is built from its factors by one small GEMM; then come two
+    The layer of arXiv:2502.13568. Each of A and B is built from its factors by one small GEMM; then come two
     skinny products, as in LoRA. The backward keeps x and the factors alone and builds the rest again. Differentiable
     twice.
 

@@ -20,7 +20,7 @@ from krontune.kron.shapes import KronShape
 def separated_sum(factors: Sequence[Tensor]) -> Tensor:
     """The dense value of sum_{k<=s} F1_k (x) F2_k (x) ... (x) Fd_k.
 
-    Equation 3 of arXiv:2502.13568 for d = 2, Definition 3.2 for general d. One small GEMM for d = 2; for d > 2 the
+    Definition 3.2 of arXiv:2502.13568; its adapters have d = 2. One small GEMM for d = 2; for d > 2 the
     first d - 1 factors of each term are multiplied out first.
 
     Args:

@@ -39,7 +39,7 @@ class RankChoice(NamedTuple):
 def energy_rank(sigma: Tensor, energy: float, theta: float = 0.9) -> int | None:
     """The least K with sum_{k<=K} sigma_k^2 >= theta * energy, or None where the given terms do not reach it.
 
-    Section 3.2 of arXiv:2506.15251. `energy` is ||W||_F^2 of the whole weight, not of the terms computed.
+    The energy threshold of arXiv:2506.15251. `energy` is ||W||_F^2 of the whole weight, not of the terms computed.
 
     >>> energy_rank(torch.tensor([3.0, 1.0]), energy=12.0, theta=0.75), energy_rank(torch.ones(2), 9.0)
     (1, None)
