@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class KronLayer(_peft.BaseTunerLayer):
         adapters = [] if off else [adapter for adapter in self.active_adapters if adapter in self.specs]
         self.check_loaded(adapters)
         if len(adapters) == 1 and self._takes_base(x, adapters[0]):
-            return self.delta_linear(x, adapters[0], self.base_layer)
+            return self.delta_linear(x, adapters[0], cast(nn.Linear, self.base_layer))
         result = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             result = result + self.update(x, adapter).to(result.dtype)

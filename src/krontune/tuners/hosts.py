@@ -85,7 +85,7 @@ class ConvHost(LinearHost):
 
     kind = "conv"
 
-    def describe(self, base: nn.Module) -> dict[str, object]:
+    def describe(self, base: Any) -> dict[str, object]:
         return {**super().describe(base), "kernel": list(base.weight.shape[1:])}
 
     def matrix_shape(self, base: Any) -> tuple[int, ...]:

@@ -63,8 +63,8 @@ class LsrLayer(KronLayer, nn.Module):
         built = self.remembered(x, adapter)
         if built is None:
             return separated_linear(x, A, B, weight, bias, scale)
-        pair = built.get([*A, *B], (scale, x.dtype), lambda: low_rank_pair(A, B, scale, x.dtype))
-        return low_rank_linear(x, *pair, weight, bias)
+        down, up = built.get([*A, *B], (scale, x.dtype), lambda: low_rank_pair(A, B, scale, x.dtype))
+        return low_rank_linear(x, down, up, weight, bias)
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         A, B = self.lora_factors(adapter)

@@ -65,7 +65,8 @@ class SokaLayer(KronLayer, nn.Module):
 
     def delta_linear(self, x: Tensor, adapter: str, base: nn.Linear | None = None) -> Tensor:
         weight, bias = (None, None) if base is None else (base.weight, base.bias)
-        return kron_delta_linear(x, *self.factors(adapter), weight, bias, self.scaling[adapter])
+        dA, dB, A0, B0 = self.factors(adapter)
+        return kron_delta_linear(x, dA, dB, A0, B0, weight, bias, self.scaling[adapter])
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         return self.scaling[adapter] * kron_embedding(ids, *self.kron_terms(adapter))
