@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from krontune.convert import compress, export_lora, open_adapter
+from krontune.convert import compress, open_adapter
 from krontune.convert.separate import separate, terms_for_exact
+from krontune.convert.to_lora import export_lora
 from krontune.errors import ConfigError
 from krontune.kron import nearest_separated, separated_sum
 from tests.convert.helpers import LINEAR, adapter_logits, save_adapter

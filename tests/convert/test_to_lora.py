@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from krontune import LsrConfig, SokaConfig
-from krontune.convert import export_lora, open_adapter
-from krontune.convert.to_lora import VLLM_RANKS
+from krontune.convert import open_adapter
+from krontune.convert.to_lora import VLLM_RANKS, export_lora
 from krontune.errors import CheckpointError, ConfigError
 from krontune.kron import separated_sum
 from tests.convert.helpers import CONFIGS, adapter_logits, ids, save_adapter, save_base

@@ -4,8 +4,10 @@ from krontune.convert.adapter import Adapter as Adapter
 from krontune.convert.adapter import open_adapter as open_adapter
 from krontune.convert.compression import Compression as Compression
 from krontune.convert.compression import compress as compress
+from krontune.convert.exporting import FORMATS as FORMATS
+from krontune.convert.exporting import export as export
+from krontune.convert.exporting import open_any as open_any
 from krontune.convert.merging import Merge as Merge
 from krontune.convert.merging import merge as merge
+from krontune.convert.results import Export as Export
 from krontune.convert.to_lora import VLLM_RANKS as VLLM_RANKS
-from krontune.convert.to_lora import Export as Export
-from krontune.convert.to_lora import export_lora as export_lora

@@ -88,9 +88,8 @@ class Adapter:
         """What is known of the adapted layer: "layer" ("linear", "conv", ...), "shape", a convolution's "kernel"."""
         if self.method in ("lsr", "soka"):
             return dict(self.config.resolved[name])
-        update_shape = self._stored_shape(name)
         fan_in_fan_out = bool(getattr(self.config, "fan_in_fan_out", False))
-        return {"layer": "conv1d" if fan_in_fan_out else "linear", **update_shape}
+        return {"layer": "conv1d" if fan_in_fan_out else "linear", **self._stored_layer(name)}
 
     # ---------------------------------------------------------------------------------------------------- each method
 
@@ -111,7 +110,8 @@ class Adapter:
         return LsrUpdate(a, b, self._alpha(name))
 
     def _soka(self, name: str, tensors: dict[str, Tensor]) -> Update:
-        return soka_update(*(tensors[f".soka_{part}"] for part in ("dA", "dB", "A0", "B0")), self._alpha(name))
+        dA, dB, A0, B0 = (tensors[f".soka_{part}"] for part in ("dA", "dB", "A0", "B0"))
+        return soka_update(dA, dB, A0, B0, self._alpha(name))
 
     def _lora(self, name: str, tensors: dict[str, Tensor]) -> Update:
         scale = self._scale(name)
@@ -123,15 +123,15 @@ class Adapter:
     def _lokr(self, name: str, tensors: dict[str, Tensor]) -> Update:
         return lokr_update({tail.removeprefix(".lokr_"): t for tail, t in tensors.items()}, self._scale(name))
 
-    def _stored_shape(self, name: str) -> dict[str, Any]:
+    def _stored_layer(self, name: str) -> dict[str, Any]:
         if ".lora_embedding_A" in self.modules[name]:
             return {"layer": "embedding"}
         if ".lora_A.weight" in self.modules[name]:
             kernel = self.read(f"{name}.lora_A.weight").shape[1:]
             return {"layer": "conv", "kernel": list(kernel)} if len(kernel) > 1 else {}
-        if ".lokr_w2" in self.modules[name]:
-            kernel = self.read(f"{name}.lokr_w2").shape[2:]
-            return {"layer": "conv", "kernel": list(kernel)} if len(kernel) else {}
+        if ".lokr_w2" in self.modules[name] and ".lokr_w1" in self.modules[name]:
+            left, right = (self.read(f"{name}.lokr_{w}").shape for w in ("w1", "w2"))
+            return {"layer": "conv", "kernel": [left[1] * right[1], *right[2:]]} if len(right) > 2 else {}
         return {}
 
 

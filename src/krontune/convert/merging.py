@@ -86,7 +86,7 @@ def merge(
         raise ConfigError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}.")
     opened = open_adapter(adapter)
     found = open_base(opened, base)
-    inputs = [opened.folder, found.source.name_or_path] if found.source.is_local else [opened.folder]
+    inputs = [opened.folder, *([Path(found.source.name_or_path)] if found.source.is_local else [])]
     check_output(out, force, inputs)
     places = find_places(opened, found)
     notes = _check_base(opened, found, places, another_base)
@@ -123,7 +123,7 @@ def find_places(adapter: Adapter, base: Base) -> dict[str, Place]:
 
 def _check_base(adapter: Adapter, base: Base, places: dict[str, Place], another_base: bool) -> list[str]:
     """Compare the base with the fingerprints that the adapter carries; returns what to tell the user."""
-    resolved = getattr(adapter.config, "resolved", None)
+    resolved: dict[str, Any] = getattr(adapter.config, "resolved", None) or {}
     known = set(base.weights.names())
     now = {}
     for name, place in places.items() if resolved else ():

@@ -10,7 +10,7 @@ from krontune.errors import ConfigError
 from krontune.report.files import whole_folder
 
 #: Files that show a folder to hold an adapter or a model, so that --force may replace it.
-MARKERS = ("adapter_config.json", "config.json")
+MARKERS = ("adapter_config.json", "config.json", "lokr.safetensors")
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def separate(
     starts = [(B, A), _balanced(B, A)]
     fits = [_fit(B, A, *start, sizes, s, sweeps) for start in starts]
     b, a, error = min(fits, key=lambda fit: fit[2])
-    return Separated(*([f.float() for f in _even(factors)] for factors in (a, b)), error)
+    return Separated([f.float() for f in _even(a)], [f.float() for f in _even(b)], error)
 
 
 def terms_for_exact(sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from krontune.convert.adapter import PREFIX, Adapter
 from krontune.convert.output import check_output, output_folder
+from krontune.convert.results import Export, ModuleExport
 from krontune.convert.updates import LowRankPair
 from krontune.errors import ConfigError
 from krontune.tuners._peft import SAFETENSORS_WEIGHTS_NAME
@@ -23,40 +23,6 @@ from krontune.tuners._peft import SAFETENSORS_WEIGHTS_NAME
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: The relative error of an export that is no choice of the user's.
 DEFAULT_ERROR = 1e-3
-
-
-@dataclass(frozen=True)
-class ModuleExport:
-    """What became of one module."""
-
-    name: str
-    rank: int  # of the matrices, before padding
-    error: float  # ||dW - exported||_F / ||dW||_F
-    norm: float  # ||dW||_F
-
-
-@dataclass(frozen=True)
-class Export:
-    """What an export wrote."""
-
-    out: Path
-    method: str  # of the adapter that was exported
-    to: str
-    modules: list[ModuleExport]
-    n_params: int
-    n_bytes: int
-    padded_rank: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def error(self) -> float:
-        """The relative error of all updates together."""
-        total = sum(m.norm**2 for m in self.modules)
-        return (sum((m.error * m.norm) ** 2 for m in self.modules) / total) ** 0.5 if total else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON-ready values."""
-        return {**asdict(self), "out": str(self.out), "error": self.error}
 
 
 def export_lora(
