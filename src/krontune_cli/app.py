@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from krontune_cli import compare, demo, plan, spectrum, train
+from krontune_cli import compare, compress, demo, export, info, merge, plan, spectrum, train
 
 app = typer.Typer(
     name="krontune",
@@ -22,6 +22,10 @@ app.command("demo")(demo.command)
 app.command("compare")(compare.command)
 app.command("plan")(plan.command)
 app.command("spectrum")(spectrum.command)
+app.command("export")(export.command)
+app.command("merge")(merge.command)
+app.command("compress")(compress.command)
+app.command("info")(info.command)
 
 
 def _version(wanted: bool) -> None:

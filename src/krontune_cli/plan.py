@@ -19,7 +19,7 @@ from krontune_cli.sources import (
     matching,
     open_model,
 )
-from krontune_cli.tables import make_table
+from krontune_cli.tables import bar, make_table
 from krontune_cli.terminal import console, one_line_errors, print_json, quiet_libraries
 
 if TYPE_CHECKING:
@@ -95,14 +95,11 @@ def command(
 
 def _ranks_from_weights(opened: Opened, match: Match, budget: str, factor_shape: Any) -> list[int] | None:
     """SoKA's ranks from the spectra, where the weights are at hand."""
-    from rich.progress import track
-
     from krontune.plan import parse_amount, soka_ranks
     from krontune.weights import has_weights, open_weights
 
-    screen = console(stderr=True)
     if not has_weights(opened.source):
-        screen.print(f"{opened.source.name} has no weights at hand, so the ranks come from shapes alone.")
+        console(stderr=True).print(f"{opened.source.name} has no weights at hand: the ranks come from shapes alone.")
         return None
     total = parse_amount(budget, whole=sum(p.numel() for p in opened.model.parameters()))
     weights = open_weights(opened.source, opened.model)
@@ -112,7 +109,7 @@ def _ranks_from_weights(opened: Opened, match: Match, budget: str, factor_shape:
         match.targets,
         total,
         factor_shape,
-        progress=lambda items: track(items, "spectra", console=screen, transient=True, total=len(match.targets)),
+        progress=bar("spectra"),
     )
 
 

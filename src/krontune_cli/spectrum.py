@@ -19,7 +19,7 @@ from krontune_cli.sources import (
     matching,
     open_model,
 )
-from krontune_cli.tables import make_table
+from krontune_cli.tables import bar, make_table
 from krontune_cli.terminal import console, one_line_errors, print_json, quiet_libraries
 
 if TYPE_CHECKING:
@@ -81,12 +81,9 @@ def command(
 def _compute(
     opened: Opened, targets: list[Any], shapes: list[Any], terms: int, channel_sort: str | None, cache: Path
 ) -> list[Spectrum]:
-    from rich.progress import track
-
     from krontune.plan import spectrum
     from krontune.weights import open_weights
 
-    screen = console(stderr=True)
     return spectrum(
         open_weights(opened.source, opened.model),
         opened.model,
@@ -95,7 +92,7 @@ def _compute(
         terms,
         channel_sort=channel_sort,
         cache=cache,
-        progress=lambda items: track(items, "spectra", console=screen, total=len(targets), transient=True),
+        progress=bar("spectra"),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,3 +22,17 @@ def make_table(
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A progress bar on standard error, gone when it is done; wraps a list."""
+
+    def wrap(items: Iterable[Any]) -> Iterable[Any]:
+        from rich.progress import track
+
+        from krontune_cli.terminal import console
+
+        listed = list(items)
+        return track(listed, label, console=console(stderr=True), total=len(listed), transient=True)
+
+    return wrap

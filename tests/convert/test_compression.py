@@ -105,7 +105,7 @@ def test_the_curve_falls_to_nothing(adapters: dict[str, Path], tmp_path: Path) -
 
 def test_a_budget_is_kept(base: Path, tmp_path: Path) -> None:
     lora = save_adapter(tmp_path / "lora", base, LoraConfig(r=8, target_modules=LINEAR))
-    half = compress(lora, tmp_path / "half", budget=0.5, curve=False)
+    half = compress(lora, tmp_path / "half", budget="0.5x", curve=False)
     assert (
         half.n_params <= 0.5 * half.n_params_before < half.n_params * (half.separation_rank + 1) / half.separation_rank
     )
@@ -113,7 +113,7 @@ def test_a_budget_is_kept(base: Path, tmp_path: Path) -> None:
     assert sum(p.numel() for name, p in model.named_parameters() if "lsr_" in name) == half.n_params
     assert compress(lora, tmp_path / "count", budget=half.n_params, curve=False).n_params == half.n_params
     with pytest.raises(ConfigError, match="below that of separation rank 1"):
-        compress(lora, tmp_path / "none", budget=0.01)
+        compress(lora, tmp_path / "none", budget="0.01x")
 
 
 def test_the_result_can_be_trained_on(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_norms_and_heads_go_along(base: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_use(adapters: dict[str, Path], tmp_path: Path) -> None:
-    for options in ({}, {"separation_rank": 2, "budget": 0.5}, {"separation_rank": 0}):
+    for options in ({}, {"separation_rank": 2, "budget": "0.5x"}, {"separation_rank": 0}):
         with pytest.raises(ConfigError, match="separation rank of at least 1, or a budget"):
             compress(adapters["lora"], tmp_path / "out", **options)
     with pytest.raises(ConfigError, match="is a soka adapter; compress takes a LoRA"):

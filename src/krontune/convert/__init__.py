@@ -7,6 +7,7 @@ from krontune.convert.compression import compress as compress
 from krontune.convert.exporting import FORMATS as FORMATS
 from krontune.convert.exporting import export as export
 from krontune.convert.exporting import open_any as open_any
+from krontune.convert.inspection import info as info
 from krontune.convert.merging import Merge as Merge
 from krontune.convert.merging import merge as merge
 from krontune.convert.results import Export as Export

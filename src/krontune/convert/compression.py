@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
+from krontune.amounts import parse_amount
 from krontune.convert.adapter import PREFIX, Adapter, open_adapter
 from krontune.convert.output import check_output, output_folder
 from krontune.convert.separate import Separated, separate, terms_for_exact
@@ -82,7 +83,7 @@ def compress(
     out: str | Path,
     *,
     separation_rank: int | None = None,
-    budget: float | None = None,
+    budget: int | str | None = None,
     sweeps: int = 8,
     curve: bool = True,
     force: bool = False,
@@ -96,7 +97,7 @@ def compress(
         adapter: a LoRA's folder.
         out: the folder to write.
         separation_rank: s, the terms of each factor.
-        budget: parameters in all, which gives the largest s that fits; below 1, a share of the LoRA's.
+        budget: parameters in all, such as 20000, "20k" or "0.25x" of the LoRA's; takes the largest s that fits.
         sweeps: of alternating least squares, at most.
         curve: also compute the error of other separation ranks, roughly.
         force: replace `out`.
@@ -149,8 +150,8 @@ def _separate(pair: LowRankPair, spec: LsrSpec, s: int, sweeps: int) -> Separate
     return separate(pair.B, pair.A, _sizes(spec), s, sweeps)
 
 
-def _terms_within(budget: float, specs: dict[str, LsrSpec], before: int) -> int:
-    limit = math.floor(budget * before) if budget < 1 else math.floor(budget)
+def _terms_within(budget: int | str, specs: dict[str, LsrSpec], before: int) -> int:
+    limit = parse_amount(budget, whole=before, unit="x")
     one = sum(spec.n_params for spec in specs.values())
     if limit < one:
         raise ConfigError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from krontune.convert.adapter import Adapter, open_adapter
 from krontune.convert.base import Base, Place, open_base
 from krontune.convert.checking import LogitsCheck, check_logits
+from krontune.convert.gguf_file import check_gguf, write_gguf
 from krontune.convert.output import check_output, output_folder
 from krontune.errors import CheckpointError, ConfigError
 from krontune.tuners.checkpoint import check_base, fingerprint
@@ -47,10 +48,12 @@ class Merge:
     dtype: str
     check: LogitsCheck | None
     notes: list[str] = field(default_factory=list)
+    gguf: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON-ready values."""
-        return {**vars(self), "out": str(self.out), "check": self.check and self.check._asdict()}
+        plain = {"out": str(self.out), "gguf": self.gguf and str(self.gguf)}
+        return {**vars(self), **plain, "check": self.check and self.check._asdict()}
 
 
 def merge(
@@ -59,6 +62,7 @@ def merge(
     *,
     base: str | None = None,
     dtype: str | None = None,
+    gguf: bool = False,
     check: bool = True,
     another_base: bool = False,
     force: bool = False,
@@ -73,6 +77,7 @@ def merge(
         out: the folder to write.
         base: the base model; None takes the one that the adapter's config names.
         dtype: "float32", "bfloat16" or "float16" for the whole model; None keeps each tensor's (float32 for GGUF).
+        gguf: also write model.gguf into the folder, for llama.cpp; for a base that is a GGUF file.
         check: load both and compare their logits; takes the memory of the whole model.
         another_base: merge even though the base's weights are not those that the adapter was trained on.
         force: replace `out`.
@@ -88,6 +93,8 @@ def merge(
     found = open_base(opened, base)
     inputs = [opened.folder, *([Path(found.source.name_or_path)] if found.source.is_local else [])]
     check_output(out, force, inputs)
+    if gguf:
+        check_gguf(found)
     places = find_places(opened, found)
     notes = _check_base(opened, found, places, another_base)
     target = DTYPES[dtype] if dtype else None
@@ -98,9 +105,13 @@ def merge(
         _copy_tokenizer(folder, opened, found.source)
         coarsest = max(dtypes, key=lambda d: torch.finfo(d).eps)
         checked = check_logits(opened, found, folder, coarsest) if check else None
+        if gguf:
+            changed = {place.weight for place in places.values()} | {*opened.others}
+            write_gguf(folder, found, changed, folder / "model.gguf")
         n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     names = "+".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    return Merge(Path(out), found.source.name, len(places), n_replaced, n_bytes, names, checked, notes)
+    file = Path(out) / "model.gguf" if gguf else None
+    return Merge(Path(out), found.source.name, len(places), n_replaced, n_bytes, names, checked, notes, file)
 
 
 def find_places(adapter: Adapter, base: Base) -> dict[str, Place]:

@@ -1,7 +1,7 @@
 """Look before training: what an adapter costs, what a budget buys, and what the weights' spectra say."""
 
-from krontune.plan.amounts import human_count as human_count
-from krontune.plan.amounts import parse_amount as parse_amount
+from krontune.amounts import human_count as human_count
+from krontune.amounts import parse_amount as parse_amount
 from krontune.plan.cost import ModulePlan as ModulePlan
 from krontune.plan.planner import METHODS as METHODS
 from krontune.plan.planner import Plan as Plan

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
+from krontune.amounts import parse_amount
 from krontune.errors import ConfigError
 from krontune.kron import FactorShape, budget_ranks, resolve_shape
-from krontune.plan.amounts import parse_amount
 from krontune.plan.budget import even_ranks, lsr_ranks, too_small
 from krontune.plan.cost import TRAINING_BYTES, LoraSpec, ModulePlan
 from krontune.plan.spectra import spectrum

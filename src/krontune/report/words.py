@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 def short_names(kinds: Iterable[str]) -> dict[str, str]:
@@ -47,3 +50,26 @@ def layers_text(names: Sequence[str]) -> str:
         else:
             runs.append([index])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
+
+
+def by_kind(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """Items in groups of one kind of module: names that differ in a layer's index alone.
+
+    >>> by_kind(["h.0.q", "h.0.v", "h.1.q"], str)
+    {'h.*.q': ['h.0.q', 'h.1.q'], 'h.*.v': ['h.0.v']}
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name(item)), []).append(item)
+    return groups
+
+
+def error_text(error: float) -> str:
+    """A relative error for people.
+
+    >>> error_text(0), error_text(0.1234), error_text(2e-6)
+    ('0', '12.3%', '2e-06')
+    """
+    if error == 0:
+        return "0"
+    return f"{error:.1%}" if error >= 1e-3 else f"{error:.0e}"

@@ -82,6 +82,10 @@ class GgufWeights:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    def gguf_names(self) -> dict[str, str]:
+        """{name in the file: name in the model}."""
+        return {str(tensor.name): name for name, tensor in self._tensors.items()}
+
     def read(self, name: str) -> Tensor:
         import gguf
         import torch

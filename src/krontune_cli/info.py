@@ -1,0 +1,71 @@
+"""`krontune info`: what an adapter is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from krontune_cli.sources import JsonOption
+from krontune_cli.tables import make_table
+from krontune_cli.terminal import console, one_line_errors, print_json, quiet_libraries
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="An adapter's folder, or a LyCORIS file.")],
+    base: Annotated[str | None, typer.Option(help="The base model of a LyCORIS file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what an adapter is: method, base, ranks, shapes, size, norms of its updates, condition numbers, versions."""
+    quiet_libraries(progress=False)
+    with one_line_errors():
+        from krontune.convert import info
+
+        found = info(path, base)
+        if as_json:
+            print_json(found)
+        else:
+            _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    from krontune.report.tables import human_bytes
+    from krontune.report.words import by_kind, layers_text, range_text, short_names
+
+    groups = by_kind(found["modules"], lambda module: module["name"])
+    names = short_names(groups)
+    rows = [
+        [
+            names[kind],
+            layers_text([m["name"] for m in group]),
+            "x".join(map(str, group[0]["shape"])),
+            range_text([m["r"] for m in group]),
+            *([range_text([m["separation_rank"] for m in group])] if found["method"] == "lsr" else []),
+            f"{sum(m['n_params'] for m in group):,}",
+            f"{min(m['norm'] for m in group):.2g}-{max(m['norm'] for m in group):.2g}",
+            *([f"{max(m['condition'] or 1 for m in group):.1f}"] if found["method"] == "lsr" else []),
+        ]
+        for kind, group in groups.items()
+    ]
+    lsr = found["method"] == "lsr"
+    header = ["module", "layers", "weight", "r", *(["s"] if lsr else []), "parameters", "norm of dW"]
+    out = console()
+    out.print(
+        make_table([*header, *(["condition"] if lsr else [])], rows, f"{found['method']} adapter", text_columns=3)
+    )
+    facts = {
+        "base": f"{found['base']}"
+        + (f", stored as {', '.join(found['base_storage'])}" if found["base_storage"] else ""),
+        "task": found["task_type"] or "not said",
+        "parameters": f"{found['n_params']:,} in {found['n_modules']} modules",
+        "besides": f"{found['n_others']} tensors saved whole" if found["n_others"] else "",
+        "file": f"{human_bytes(found['n_bytes'])}, {', '.join(found['dtypes'])}",
+        "norm of dW": f"{found['norm']:.4g} in all",
+        "settings": ", ".join(f"{name}={value}" for name, value in found["settings"].items()),
+        "versions": f"peft {found['peft_version']}"
+        + (f", format {found['format_version']}" if found["format_version"] else ""),
+    }
+    for name, fact in facts.items():
+        if fact:
+            out.print(f"{name:16} {fact}", soft_wrap=True)
