@@ -27,7 +27,7 @@ def command(
     """Fine-tune a language model with LSR, SoKA or any PEFT method.
 
     Writes a run folder: the adapter, the config as resolved, metrics as JSON lines, the environment, the loss curve.
-    Ctrl-C and SIGTERM leave a checkpoint to go on from. Works under `accelerate launch -m krontune_cli train ...`.
+    Ctrl-C and SIGTERM leave a checkpoint to go on from. On several devices: `accelerate launch -m krontune_cli train`.
     """
     screen = console(stderr=True)
     quiet_libraries(progress=screen.is_terminal)
@@ -37,6 +37,7 @@ def command(
 
         extra = ["resume=true"] if resume else []
         config = load_config(run, [*(overrides or []), *extra])
+        screen.print(f"[dim]·[/dim] Loading {config.model.path} and {config.data.train}")
         try:
             record = train(config, force=force, callbacks=[StepBar(screen, config.method.name.lower())])
         except Interrupted as stop:

@@ -118,6 +118,17 @@ def test_the_shipped_configs_are_valid() -> None:
         assert sft_arguments(config, RunFolder(config.output)).learning_rate > 0
 
 
+def test_the_configs_of_the_documentation_are_valid() -> None:
+    from krontune.recipes import RunConfig
+    from krontune.recipes.yaml_files import parse_yaml
+
+    page = (SRC.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in page.split("```yaml\n")[1:]]
+    assert blocks
+    for block in blocks:
+        RunConfig.from_mapping(parse_yaml(block, "docs/train.md"))
+
+
 def test_demo_output_folders(tmp_path: Path) -> None:
     from krontune_cli.demo import _drop_demo, _free_folder
 

@@ -88,6 +88,12 @@ def test_no_such_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+def test_no_is_a_word_and_false_is_not(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD, "training.save_strategy=no", "training.packing=false", "data.chat=yes")
+    assert config.training == {"learning_rate": 0.001, "save_strategy": "no", "packing": False}
+    assert config.data.chat is True
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", "a..b=1", "training.=1"])
 def test_a_malformed_override(override: str) -> None:
     with pytest.raises(ConfigError, match="is not KEY=VALUE"):

@@ -34,7 +34,7 @@ tags: [{", ".join(tags)}]
 
 # {record.name}
 
-A {record.method.upper()} adapter for `{record.model}`, trained with krontune.
+Adapter for `{record.model}`, method {record.method.upper()}, trained with krontune.
 
 | | |
 |---|---|

@@ -17,7 +17,7 @@ from .config import MethodSettings, reason, suggest
 
 # Fields of every PeftConfig that say what the file is; the run decides them, not its author.
 NOT_SETTINGS = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
-NOT_SETTINGS |= {"format_version", "resolved", "runtime_config"}
+NOT_SETTINGS |= {"format_version", "resolved", "revision", "runtime_config", "saved_tensors"}
 
 
 def method_names() -> list[str]:

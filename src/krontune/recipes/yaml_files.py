@@ -1,4 +1,4 @@
-"""YAML as people expect it: 1e-3 is a number, and a key that is given twice is an error."""
+"""YAML as people expect it: 1e-3 is a number, `no` is a word, and a key that is given twice is an error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import yaml
 from krontune.errors import ConfigError
 
 FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+BOOL_TAG = "tag:yaml.org,2002:bool"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads 1e-3 as a string (YAML 1.1 wants 1.0e-3); YAML 1.2 and people read a number."""
+    """PyYAML follows YAML 1.1, where 1e-3 is a string (not 1.0e-3) and `save_strategy: no` is false; 1.2 mended both."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own way to say it)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL_TAG]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -26,6 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(BOOL_TAG, BOOL, list("tTfF"))
 
 
 def parse_yaml(text: str, source: str) -> Any:

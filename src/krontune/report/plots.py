@@ -50,7 +50,7 @@ def draw_loss(axes: Axes, record: RunRecord, color: str) -> None:
         steps, losses = np.array(logged).T
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
         axes.plot(steps, _smooth(losses), color=color, linewidth=2, label=record.name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     held_out = [(row["step"], row["eval_loss"]) for row in record.history if "eval_loss" in row]
     if held_out:
         axes.plot(*np.array(held_out).T, "o", color=color, markersize=4, label=f"{record.name}, held out")

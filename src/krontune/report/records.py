@@ -19,7 +19,8 @@ RECORD_VERSION = 1
 class RunRecord:
     """What one training run was, what it cost and what came out.
 
-    `scores` maps a metric's name to its value, by convention `<metric>_before` and `<metric>_after`;
+    `scores` maps a metric's name to its value: shares in [0, 1], by convention `<metric>_before` and `<metric>_after`,
+    and held-out losses, whose names end in `loss`;
     `history` is the run's log, one mapping a logged step, with at least `step` and `loss`.
     """
 

@@ -66,4 +66,5 @@ def markdown_table(records: Sequence[RunRecord]) -> str:
 
 
 def _score(name: str) -> Callable[[RunRecord], str]:
-    return lambda record: f"{record.scores[name]:.1%}" if name in record.scores else "-"
+    form = ".3f" if name.endswith("loss") else ".1%"
+    return lambda record: format(record.scores[name], form) if name in record.scores else "-"
