@@ -16,7 +16,7 @@ BOOL_TAG = "tag:yaml.org,2002:bool"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where 1e-3 is a string (not 1.0e-3) and `save_strategy: no` is false; 1.2 mended both."""
+    """PyYAML follows YAML 1.1, where 1e-3 is a string and `save_strategy: no` is false; YAML 1.2 mended both."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own way to say it)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL_TAG]
