@@ -132,7 +132,7 @@ def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def adapter_tensors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """{layer.tensor: value} of every stored tensor of an adapter."""
     return {
-        f"{path}.{name}": tensor.detach().clone()
+        f"{path.removeprefix('base_model.model.')}.{name}": tensor.detach().clone()
         for path, layer in kron_layers(model).items()
         if adapter in layer.specs
         for name, tensor in stored_tensors(layer, adapter)

@@ -116,6 +116,25 @@ def test_adapters_do_not_share_a_config(tiny, batch, method):
     assert first.peft_config["default"].resolved == second.peft_config["default"].resolved
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_config_of_an_adapter_makes_a_copy_of_it(tiny, batch, method, dtype):
+    """As TRL makes its reference adapters: the copy has the same bits, also the frozen ones, and does not train."""
+    model = adapted(tiny("llama", dtype), method(target_modules=TARGETS, train_norms=True))
+    with torch.no_grad():
+        model.base_model.model.model.norm.modules_to_save["default"].weight.mul_(1.5)
+    model.add_adapter("ref", model.peft_config["default"])
+    expected = logits(model, batch)
+    copied = adapter_tensors(model, "ref")
+    assert_same_tensors(copied, adapter_tensors(model))
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable and not any(".ref" in name for name in trainable)
+    train_steps(model, batch)
+    assert_same_tensors(adapter_tensors(model, "ref"), copied)
+    assert not torch.equal(logits(model, batch), expected)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, batch), expected)
+
+
 def test_status_and_printing(two, capsys):
     two.print_trainable_parameters()
     assert "trainable params" in capsys.readouterr().out

@@ -132,6 +132,7 @@ CONFIG_EDITS = {
     "another shape": (lambda c: c["resolved"][NAME].update(shape=[16, 32]), f"resolved['{NAME}'] is damaged"),
     "base removed": (lambda c: c["resolved"][NAME].pop("base"), f"resolved['{NAME}'] is damaged"),
     "base nonsense": (lambda c: c["resolved"][NAME]["base"].update(sample=["x"]), f"resolved['{NAME}'] is damaged"),
+    "dtype nonsense": (lambda c: c["resolved"][NAME].update(dtype="Tensor"), f"resolved['{NAME}'] is damaged"),
     "path nonsense": (lambda c: c["resolved"][NAME].update(path=3), f"resolved['{NAME}'] is damaged"),
 }
 

@@ -52,6 +52,10 @@ class KronLayer(_peft.BaseTunerLayer):
         """Create the factors of `adapter`: from `start`, or as NaN placeholders that a checkpoint fills (None)."""
         raise NotImplementedError
 
+    def start_like(self, adapter: str) -> Any:
+        """A copy of the adapter's factors, in the form that `allocate` takes."""
+        raise NotImplementedError
+
     def delta_matrix(self, adapter: str) -> Tensor:
         """The dense update, scale included: (m, n), or (experts, m, n)."""
         raise NotImplementedError
@@ -123,6 +127,10 @@ class KronLayer(_peft.BaseTunerLayer):
         for factor in self.factors(adapter_name):
             if not factor.is_meta and device.type != "meta":
                 factor.data = factor.data.to(device)
+
+    def dtype_of(self, adapter: str) -> torch.dtype:
+        """The dtype of the adapter's factors."""
+        return self.factors(adapter)[0].dtype
 
     def is_trainable(self, adapter: str) -> bool:
         """Whether the adapter's factors take gradients."""

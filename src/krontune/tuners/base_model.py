@@ -21,7 +21,7 @@ from krontune.errors import ConfigError
 from krontune.tuners import _peft
 from krontune.tuners.base_config import KronConfig, check_choice, check_number
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
-from krontune.tuners.checkpoint import check_base, check_tensors, fingerprint, spec_to_dict
+from krontune.tuners.checkpoint import check_base, check_tensors, fingerprint, spec_to_dict, stored_dtype
 from krontune.tuners.gradient import drop_gradient, kept_gradient
 from krontune.tuners.mixed import adapter_by_row
 
@@ -65,7 +65,9 @@ class KronModel(_peft.BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = copy.deepcopy(self.peft_config[adapter_name])  # the user's own object is never written to
+        given = self.peft_config[adapter_name]
+        twin = next((name for name, c in self.peft_config.items() if c is given and name != adapter_name), None)
+        config = copy.deepcopy(given)  # the user's own object is never written to
         self.peft_config[adapter_name] = config
         if config.train_norms:
             config.modules_to_save = [*(config.modules_to_save or []), *norm_names(model, config.modules_to_save or [])]
@@ -77,7 +79,7 @@ class KronModel(_peft.BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._fill(config, adapter_name)
+                self._fill(config, adapter_name, twin)
         except BaseException:  # Ctrl-C during a long KPSVD, too
             self._undo(adapter_name, children, trainable)
             raise
@@ -132,8 +134,12 @@ class KronModel(_peft.BaseTuner):
             current_key = re.sub(r"\.base_layer(?=\.|$)", "", current_key)
         self._targets[current_key] = target
 
-    def _fill(self, config: KronConfig, adapter_name: str) -> None:
-        """Phase two: sizes, start and factors of every module that was matched."""
+    def _fill(self, config: KronConfig, adapter_name: str, twin: str | None) -> None:
+        """Phase two: sizes, start and factors of every module that was matched.
+
+        A config that is the very object of another adapter here, its `twin`, makes a copy of that adapter, frozen
+        factors included: TRL adds its reference adapters in this way.
+        """
         base = {name: self._describe(layer) for name, layer in self._targets.items()}
         if config.resolved is not None:
             check_base(config.resolved, base)
@@ -143,25 +149,40 @@ class KronModel(_peft.BaseTuner):
             resolved = self.resolve(config, self._targets)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in self._targets.items():
-            new = config.resolved is None
-            start = self.start(config, name, layer, resolved[name], kept_gradient(layer)) if new else None
+            start, dtype = None, None
+            if config.resolved is None:
+                start = self.start(config, name, layer, resolved[name], kept_gradient(layer))
+            elif twin is not None:
+                layer.check_loaded([twin])
+                start, dtype = layer.start_like(twin), layer.dtype_of(twin)
+            else:
+                dtype = stored_dtype(config.resolved[name])
             alpha = pattern_value(config.alpha_pattern, name, config.alpha)
-            layer.add(adapter_name, resolved[name].spec, float(alpha), config.dropout, start, trainable)
+            layer.add(adapter_name, resolved[name].spec, float(alpha), config.dropout, start, trainable, dtype)
+        if twin is not None:
+            for wrapper in self._saved_modules(adapter_name).values():
+                saved = wrapper.modules_to_save
+                saved[adapter_name].load_state_dict(saved[twin].state_dict())
         for layer in self._targets.values():
             drop_gradient(layer)
         if config.resolved is None:
             paths = {name: path for name, path, _ in self._named_layers()}
             config.resolved = {name: _entry(base[name], resolved[name], name, paths[name]) for name in self._targets}
+            self._note_dtypes(adapter_name)
             config.saved_tensors = self._saved_tensors(adapter_name)
 
     def _saved_tensors(self, adapter_name: str) -> list[str]:
         """Names of the tensors of this adapter's modules_to_save, as they are in the adapter file."""
         return [
             f"{path}.{key}"
-            for path, module in self.model.named_modules()
-            if isinstance(module, _peft.ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-            for key in module.modules_to_save[adapter_name].state_dict()
+            for path, wrapper in self._saved_modules(adapter_name).items()
+            for key in wrapper.modules_to_save[adapter_name].state_dict()
         ]
+
+    def _saved_modules(self, adapter_name: str) -> dict[str, Any]:
+        """{path: wrapper} of every module that this adapter saves whole."""
+        wrappers = {path: m for path, m in self.model.named_modules() if isinstance(m, _peft.ModulesToSaveWrapper)}
+        return {path: wrapper for path, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's own makes new parameters where it casts, and those of a ParameterDict come out trainable."""
@@ -170,6 +191,14 @@ class KronModel(_peft.BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, requires_grad in zip(layers, trainable, strict=True):
             layer.set_requires_grad(adapter_name, requires_grad)
+        self._note_dtypes(adapter_name)
+
+    def _note_dtypes(self, adapter_name: str) -> None:
+        """Write the factors' dtypes into `resolved`: a checkpoint is read back into the same, on any base."""
+        resolved = self.peft_config[adapter_name].resolved
+        for name, _, layer in self._named_layers():
+            if adapter_name in layer.specs:
+                resolved[name]["dtype"] = str(layer.dtype_of(adapter_name)).removeprefix("torch.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -258,6 +287,7 @@ class KronModel(_peft.BaseTuner):
                     if not isinstance(layer, ParameterLayer):
                         config.target_modules.add(name)
             self._join_saved_modules(adapters, weights, adapter_name)
+            self._note_dtypes(adapter_name)
             config.saved_tensors = self._saved_tensors(adapter_name)
         except BaseException:
             self.delete_adapter(adapter_name)
@@ -293,9 +323,8 @@ class KronModel(_peft.BaseTuner):
         return joined
 
     def _join_saved_modules(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        for wrapper in self.model.modules():
-            if not isinstance(wrapper, _peft.ModulesToSaveWrapper):
-                continue
+        wrappers = [m for m in self.model.modules() if isinstance(m, _peft.ModulesToSaveWrapper)]
+        for wrapper in wrappers:
             copies = wrapper.modules_to_save
             present = [(copies[a].state_dict(), w) for a, w in zip(adapters, weights, strict=True) if a in copies]
             if present:

@@ -63,6 +63,15 @@ def _check_entry(config: Any, name: str) -> None:
         raise ValueError(f"base is {base}, which is no fingerprint of a weight")
     if not isinstance(entry.get("path", name), str):
         raise ValueError(f"path is {entry['path']!r}")
+    stored_dtype(entry)
+
+
+def stored_dtype(entry: dict) -> torch.dtype:
+    """The dtype of a module's factors in the file, from its entry in `resolved`."""
+    name = entry.get("dtype", "float32")
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype is {name!r}")
+    return getattr(torch, name)
 
 
 def check_adapter_file(config: Any, folder: str) -> None:

@@ -34,6 +34,10 @@ class LsrLayer(KronLayer, nn.Module):
         for container, factors in zip((self.lsr_A, self.lsr_B), start, strict=True):
             container[adapter] = nn.ParameterList(nn.Parameter(f.to(device, dtype)) for f in factors)
 
+    def start_like(self, adapter: str) -> Factors:
+        A, B = ([f.detach().clone() for f in side(adapter)] for side in (self.a_factors, self.b_factors))
+        return A, B
+
     def a_factors(self, adapter: str) -> list[Tensor]:
         """The factors of A, each (s, r_i, n_i)."""
         return _entries(self.lsr_A[adapter])

@@ -52,6 +52,9 @@ class SokaLayer(KronLayer, nn.Module):
         self.soka_A0[adapter] = start.A0.to(device, dtype)
         self.soka_B0[adapter] = start.B0.to(device, dtype)
 
+    def start_like(self, adapter: str) -> SokaStart:
+        return SokaStart(*(f.detach().clone() for f in self.factors(adapter)))
+
     def factors(self, adapter: str) -> list[Tensor]:
         return [self.soka_dA[adapter], self.soka_dB[adapter], self.soka_A0[adapter], self.soka_B0[adapter]]
 

@@ -1,0 +1,144 @@
+"""What PyTorch does to any module: copying, pickling, compiling, autocasting, checkpointing, other dtypes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tuners.helpers import (
+    TARGETS,
+    adapted,
+    adapter_tensors,
+    assert_same_tensors,
+    base_weights,
+    kron_layers,
+    logits,
+    one_layer,
+    train_steps,
+)
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _through_torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+@pytest.mark.parametrize("way", [copy.deepcopy, _pickled, _through_torch_save])
+def test_copies(tiny, batch, method, way, merged):
+    """A copy computes the same, trains on its own, and unmerges to the original bits."""
+    base = tiny()
+    before = base_weights(base)
+    model = adapted(base, method(target_modules=[*TARGETS, "embed_tokens"], train_norms=True))
+    if merged:
+        model.merge_adapter()
+    other = way(model)
+    assert torch.equal(logits(other, batch), logits(model, batch))
+    if merged:
+        other.unmerge_adapter()
+        assert_same_tensors(base_weights(other), before)
+        assert all(layer.merged for layer in kron_layers(model).values())
+        return
+    train_steps(other, batch, steps=1)
+    assert not torch.equal(logits(other, batch), logits(model, batch))
+
+
+def test_a_copy_of_a_tied_merged_model(tiny, method):
+    base = tiny("tied")
+    before = base_weights(base)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = adapted(base, method(target_modules=["embed_tokens"]))
+        model.merge_adapter()
+    other = copy.deepcopy(model)
+    other.unmerge_adapter()
+    assert_same_tensors(base_weights(other), before)
+    head = other.get_base_model().get_output_embeddings()
+    assert head.weight is other.get_base_model().get_input_embeddings().weight
+
+
+COMPILED = {
+    "linear": (lambda: nn.Linear(24, 36), (5, 24)),
+    "embedding": (lambda: nn.Embedding(40, 24), None),
+    "conv": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compile_fullgraph(net, method, kind):
+    """One graph, forward and backward, with the values and gradients of eager mode."""
+    build, shape = COMPILED[kind]
+    x = torch.randint(0, 40, (3, 5)) if shape is None else torch.randn(shape)
+    model = adapted(net(build()), method(target_modules=["layer"]))
+    factors = [f for f in one_layer(model).factors("default") if f.requires_grad]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs, gradients = [], []
+    for function in (model, compiled):
+        y = function(x)
+        outputs.append(y.detach())
+        gradients.append(torch.autograd.grad(y.square().sum(), factors))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    for eager, graph in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, graph, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(tiny, batch, method, base_dtype):
+    model = adapted(tiny("llama", base_dtype), method(target_modules=TARGETS))
+    plain = logits(model, batch).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = logits(model, batch)
+        with model.disable_adapter():
+            base = logits(model, batch)
+        losses = train_steps(model, batch, steps=2)
+    assert got.dtype == base.dtype
+    scale = float(plain.abs().max())
+    torch.testing.assert_close(got.float() / scale, plain / scale, rtol=0.1, atol=0.05)
+    assert losses[1] < losses[0]
+    assert all(f.dtype == torch.float32 for layer in kron_layers(model).values() for f in layer.factors("default"))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(tiny, batch, method, use_reentrant):
+    start = adapted(tiny(), method(target_modules=TARGETS)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(start)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(**batch, use_cache=False).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_to_another_dtype(tiny, batch, method):
+    """model.to(dtype) takes everything along, as for any module."""
+    model = adapted(tiny(), method(target_modules=TARGETS)).to(torch.bfloat16)
+    assert all(t.dtype == torch.bfloat16 for t in adapter_tensors(model).values())
+    assert logits(model, batch).dtype == torch.bfloat16
+    double = adapted(tiny(), method(target_modules=TARGETS)).double()
+    assert logits(double, batch).dtype == torch.float64
+
+
+def test_meta_device_and_back(tiny, batch, method):
+    """An adapter can be planned without values, and the state of a real one loaded into it."""
+    real = adapted(tiny(), method(target_modules=TARGETS, init_weights="zero"))
+    empty = adapted(tiny().to("meta"), method(target_modules=TARGETS, init_weights="zero"), trained=False)
+    assert empty.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
+    empty.load_state_dict(real.state_dict(), assign=True)
+    ids = {"input_ids": batch["input_ids"]}
+    empty.get_base_model().model.rotary_emb = real.get_base_model().model.rotary_emb  # a buffer that is not saved
+    assert torch.equal(logits(empty, ids), logits(real, ids))
