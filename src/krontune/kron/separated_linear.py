@@ -86,8 +86,8 @@ def low_rank_pair(
     a_factors: Sequence[Tensor], b_factors: Sequence[Tensor], scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """A (r, n) and scale * B^T (r, m), for `low_rank_linear`. Products with rows of length r would be slow."""
-    first, *others = (f.mT for f in b_factors)
-    return separated_sum(a_factors).to(dtype), separated_sum([scale * first, *others]).to(dtype)
+    A, Bt = separated_sum(a_factors), separated_sum(b_factors, transposed=True)
+    return A.to(dtype), (Bt if scale == 1 else scale * Bt).to(dtype)
 
 
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d: int, *factors: Tensor) -> Tensor:
@@ -132,9 +132,9 @@ class _SeparatedLinear(torch.autograd.Function):
                 gx = (gh @ A if W is None else (g @ W).addmm_(gh, A)).view(x.shape)
             g_factors: list[Tensor | None] = [None] * len(factors)
             if any(need_factors):
-                gA, gBt = gh.mT @ rows, ctx.scale * (F.linear(rows, A).mT @ g)
-                g_transposed = separated_grads([f.mT for f in factors[ctx.d :]], gBt)
-                g_factors = [*separated_grads(factors[: ctx.d], gA), *(f.mT for f in g_transposed)]
+                gA, gBt = gh.t() @ rows, F.linear(rows, A).t() @ g
+                g_up = separated_grads(factors[ctx.d :], gBt if ctx.scale == 1 else ctx.scale * gBt, transposed=True)
+                g_factors = [*separated_grads(factors[: ctx.d], gA), *g_up]
             g_weight = g.mT @ rows if need_weight else None
             g_bias = g.sum(0) if need_bias else None
         return (gx, g_weight, g_bias, None, None, *g_factors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from krontune.errors import ShapeError
 from krontune.kron.kpsvd import nearest_kron
-from krontune.kron.paths import Terms, merged_grads
 from krontune.kron.product import kron_sum
 from krontune.kron.shapes import KronShape
 
 
-def separated_sum(factors: Sequence[Tensor]) -> Tensor:
+def separated_sum(factors: Sequence[Tensor], *, transposed: bool = False) -> Tensor:
     """The dense value of sum_{k<=s} F1_k (x) F2_k (x) ... (x) Fd_k.
 
     Definition 3.2 of arXiv:2502.13568; its adapters have d = 2. One small GEMM for d = 2; for d > 2 the
@@ -25,6 +23,7 @@ def separated_sum(factors: Sequence[Tensor]) -> Tensor:
 
     Args:
         factors: d >= 1 tensors (s, p_i, q_i) with the same s.
+        transposed: return the transpose, contiguous; for d = 2 at no further cost.
 
     Returns:
         (p_1*...*p_d, q_1*...*q_d), dtype of the factors.
@@ -33,6 +32,10 @@ def separated_sum(factors: Sequence[Tensor]) -> Tensor:
         ShapeError: no factor, or factors that do not have the same s.
     """
     check_factors(factors)
+    if len(factors) == 2:
+        return _sum_of_pairs(*factors, transposed)
+    if transposed:
+        return separated_sum([f.mT for f in factors])
     if len(factors) == 1:
         return factors[0].sum(0)
     left = factors[0]
@@ -41,16 +44,34 @@ def separated_sum(factors: Sequence[Tensor]) -> Tensor:
     return kron_sum(left, factors[-1])
 
 
-def separated_grads(factors: Sequence[Tensor], G: Tensor) -> list[Tensor]:
-    """The gradients of the factors, given G, the gradient of separated_sum(factors)."""
+def _sum_of_pairs(P: Tensor, Q: Tensor, transposed: bool) -> Tensor:
+    """sum_k P_k (x) Q_k. In every forward of every layer, and small: it is the number of operations that costs."""
+    (_, p1, q1), (_, p2, q2) = P.shape, Q.shape
+    R = (P.flatten(1).t() @ Q.flatten(1)).view(p1, q1, p2, q2)
+    if transposed:
+        return R.permute(1, 3, 0, 2).reshape(q1 * q2, p1 * p2)
+    return R.permute(0, 2, 1, 3).reshape(p1 * p2, q1 * q2)
+
+
+def separated_grads(factors: Sequence[Tensor], G: Tensor, *, transposed: bool = False) -> list[Tensor]:
+    """The gradients of the factors, given G, the gradient of separated_sum(factors, transposed=transposed)."""
+    if len(factors) == 2:
+        return _grads_of_pairs(*(f.to(G.dtype) for f in factors), G, transposed)
+    if transposed:
+        G = G.t()
     if len(factors) == 1:
         return [G.expand_as(factors[0])]
-    if len(factors) == 2:
-        gP, gQ = merged_grads(G, Terms(*(f.to(G.dtype) for f in factors)), (True, True))
-        return [cast(Tensor, gP), cast(Tensor, gQ)]
     with torch.enable_grad():
         leaves = [f.detach().requires_grad_() for f in factors]
         return list(torch.autograd.grad(separated_sum(leaves), leaves, G.to(leaves[0].dtype)))
+
+
+def _grads_of_pairs(P: Tensor, Q: Tensor, G: Tensor, transposed: bool) -> list[Tensor]:
+    """Of `_sum_of_pairs`: gP = Q_flat R^T, gQ = P_flat R with R the rearranged G."""
+    (_, p1, q1), (_, p2, q2) = P.shape, Q.shape
+    sizes, order = ((q1, q2, p1, p2), (2, 0, 3, 1)) if transposed else ((p1, p2, q1, q2), (0, 2, 1, 3))
+    R = G.reshape(sizes).permute(order).reshape(p1 * q1, p2 * q2)
+    return [(Q.flatten(1) @ R.t()).view(P.shape), (P.flatten(1) @ R).view(Q.shape)]
 
 
 def separated_shape(factors: Sequence[Tensor]) -> tuple[int, int]:
