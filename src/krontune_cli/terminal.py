@@ -39,7 +39,8 @@ def print_json(value: Any) -> None:
 
 
 def quiet_libraries(progress: bool) -> None:
-    """Keep the libraries' advice to their developers off the screen; call it before they are imported.
+    """Keep the libraries' advice to their developers off the screen, and give a warning one line; call it before they
+    are imported.
 
     Args:
         progress: leave their bars for loading and tokenising.
@@ -53,6 +54,7 @@ def quiet_libraries(progress: bool) -> None:
     libraries = r"(transformers|trl|peft|torch|accelerate|datasets)\b"
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
+    warnings.showwarning = _show_warning
 
 
 @contextmanager
@@ -75,6 +77,11 @@ def one_line_errors() -> Iterator[None]:
         if "KrontuneError" not in kinds:
             raise
         _fail(str(error), 2 if kinds & {"ConfigError", "ShapeError"} else 1)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:

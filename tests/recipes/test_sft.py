@@ -258,6 +258,18 @@ def test_the_packaged_model(run_config: MakeConfig, sums: Path) -> None:
     assert card["base_model_name_or_path"] == "packaged:smollm2"
 
 
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_base(bits: str, run_config: MakeConfig, tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    method = {"name": "lsr", "r": 4, "separation_rank": 2, "target_modules": ["q_proj"]}
+    config = run_config(model={"path": str(tiny_model), "quantization": bits}, method=method)
+    base = load_base(config.model)
+    assert getattr(base.model, f"is_loaded_in_{bits}")
+    record = train(config, base=base)
+    assert record.n_base == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    assert all(bool(weight.isfinite().all()) for weight in adapter_weights(config.output).values())
+
+
 def test_rows_that_are_not_used_do_not_matter(run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "note": i} for i in range(4)]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")

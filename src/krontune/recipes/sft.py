@@ -124,7 +124,7 @@ def _fit(
     folder = RunFolder(config.output)
     checkpoint = folder.latest_checkpoint() if config.resume else None
     set_seed(config.seed)  # the adapter's start depends on nothing that was drawn before
-    n_base = sum(parameter.numel() for parameter in base.model.parameters())
+    n_base = base.model.num_parameters()
     adapted = _with_adapter(method, base, args, examples)
     timer = StepTimer()
     trainer = SFTTrainer(
