@@ -14,7 +14,7 @@ import typer
 from krontune_cli.terminal import console, one_line_errors, print_json, quiet_libraries
 
 if TYPE_CHECKING:
-    from krontune.recipes.demo import DemoResult, DemoSettings
+    from krontune.recipes.demo import DemoResult, DemoSettings, Watcher
 
 OUTPUT_HELP = "Folder of the report; by default runs/demo, or runs/demo-2 and so on if that exists."
 
@@ -55,7 +55,7 @@ def _drop_demo(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _watcher() -> object:
+def _watcher() -> Watcher:
     from krontune.recipes.callbacks import StepBar
     from krontune.recipes.demo import Watcher
 

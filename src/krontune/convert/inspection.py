@@ -73,8 +73,8 @@ def _module(adapter: Adapter, name: str) -> dict[str, Any]:
 
 def _settings(config: Any) -> dict[str, Any]:
     """The settings that a person would have written."""
-    names: tuple[str, ...] = ("r", "separation_rank", "alpha", "lora_alpha", "factor_shape", "factor_shapes", "init_weights")
-    names += ("rank_selection", "budget", "use_rslora", "decompose_factor", "train_norms", "bias", "modules_to_save")
+    names = ["r", "separation_rank", "alpha", "lora_alpha", "factor_shape", "factor_shapes", "init_weights"]
+    names += ["rank_selection", "budget", "use_rslora", "decompose_factor", "train_norms", "bias", "modules_to_save"]
     return {name: getattr(config, name) for name in names if getattr(config, name, None) not in (None, False, {}, [])}
 
 

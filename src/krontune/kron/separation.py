@@ -33,7 +33,8 @@ def separated_sum(factors: Sequence[Tensor], *, transposed: bool = False) -> Ten
     """
     check_factors(factors)
     if len(factors) == 2:
-        return _sum_of_pairs(*factors, transposed)
+        P, Q = factors
+        return _sum_of_pairs(P, Q, transposed)
     if transposed:
         return separated_sum([f.mT for f in factors])
     if len(factors) == 1:
@@ -56,7 +57,8 @@ def _sum_of_pairs(P: Tensor, Q: Tensor, transposed: bool) -> Tensor:
 def separated_grads(factors: Sequence[Tensor], G: Tensor, *, transposed: bool = False) -> list[Tensor]:
     """The gradients of the factors, given G, the gradient of separated_sum(factors, transposed=transposed)."""
     if len(factors) == 2:
-        return _grads_of_pairs(*(f.to(G.dtype) for f in factors), G, transposed)
+        P, Q = (f.to(G.dtype) for f in factors)
+        return _grads_of_pairs(P, Q, G, transposed)
     if transposed:
         G = G.t()
     if len(factors) == 1:

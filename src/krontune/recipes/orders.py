@@ -105,4 +105,5 @@ def _say(order: Order, draw: random.Random) -> str:
     if draw.random() >= CORRECTED_SHARE:
         return order.text(template)
     right = QUANTITIES[order.qty] if field == "qty" else getattr(order, field)
-    return f"{order._replace(**{field: slip}).text(template)} {correction.format(right)}"
+    slipped = Order(**{**order._asdict(), field: slip})
+    return f"{slipped.text(template)} {correction.format(right)}"
