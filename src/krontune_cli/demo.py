@@ -76,12 +76,16 @@ def _show(result: DemoResult, settings: DemoSettings, page: Path, as_json: bool)
         records = [dataclasses.asdict(record) for record in result.records]
         print_json({"output": str(settings.output), "seconds": result.seconds, "records": records})
         return
+    from rich.text import Text
+
     from krontune.report import rich_table
 
     out = console()
     sample = result.answers[0]
-    out.print(f"\n[dim]an unseen order[/dim]  {sample['prompt']}")
-    for name in ("untrained", *(record.name for record in result.records)):
-        out.print(f"[dim]{name:>15}[/dim]  {' '.join(sample[name].split())[: out.width - 20]}", markup=True)
+    lines = {"an unseen order": sample["prompt"], "untrained": sample["untrained"]}
+    lines |= {record.name: sample[record.name] for record in result.records}
+    out.print()
+    for name, text in lines.items():
+        out.print(Text.assemble((f"{name:>15}  ", "dim"), " ".join(text.split())), no_wrap=True, overflow="ellipsis")
     out.print(rich_table(result.records))
     out.print(f"{result.seconds / 60:.1f} minutes in all. Report: {page}")

@@ -13,7 +13,7 @@ from krontune.report.plots import comparison
 from .demo import METRIC, DemoResult, DemoSettings
 from .orders import is_exact
 
-SHOWN_ANSWERS = 8
+SHOWN_ANSWERS = 5
 
 
 def write_demo_report(result: DemoResult, settings: DemoSettings) -> Path:
@@ -34,7 +34,7 @@ def write_demo_report(result: DemoResult, settings: DemoSettings) -> Path:
         html.records_table(result.records),
         html.image(picture, "training loss, trainable parameters, exact match before and after, by method"),
         html.heading(f"The first {min(SHOWN_ANSWERS, len(result.answers))} unseen orders"),
-        _answers_table(result),
+        *_answer_tables(result),
         html.heading("Settings and machine"),
         html.table(["method", "settings", "learning rate"], _settings_rows(result), [False, False, True]),
         html.code("\n".join(f"{key}: {_plain(value)}" for key, value in environment.items())),
@@ -53,13 +53,14 @@ def _summary(result: DemoResult, settings: DemoSettings) -> str:
     )
 
 
-def _answers_table(result: DemoResult) -> str:
+def _answer_tables(result: DemoResult) -> list[str]:
+    """One table an order: what each model replied, and whether that is exact."""
     names = ["untrained", *(record.name for record in result.records)]
-    rows = []
+    tables = []
     for item in result.answers[:SHOWN_ANSWERS]:
-        marked = [f"{'✓' if is_exact(item[name], item['wanted']) else '✗'} {_short(item[name])}" for name in names]
-        rows.append([item["prompt"], *marked])
-    return html.table(["order", *names], rows, [False] * (len(names) + 1))
+        rows = [[name, "✓" if is_exact(item[name], item["wanted"]) else "✗", _short(item[name])] for name in names]
+        tables.append(html.table(["", "", item["prompt"]], rows, [False] * 3))
+    return tables
 
 
 def _settings_rows(result: DemoResult) -> list[list[str]]:

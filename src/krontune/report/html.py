@@ -15,13 +15,13 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin-bottom: 1rem; }
+td:last-child { overflow-wrap: anywhere; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 .scroll { overflow-x: auto; } img { max-width: 100%; background: #fff; border-radius: 6px; }
 code, pre { font: .86em/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; border-radius: 6px; white-space: pre-wrap; }
-.ok { color: #2a9d5c; } .bad { color: #d1495b; }
 """
 
 

@@ -50,10 +50,12 @@ def rich_table(records: Sequence[RunRecord], title: str | None = None) -> Table:
     """A table for a terminal."""
     columns = run_columns(records)
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=column.numeric)
-    for record in records:
-        table.add_row(*(column.cell(record) for column in columns))
+    rows = [[column.cell(record) for column in columns] for record in records]
+    for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
+        width = max(map(len, cells))  # a narrow terminal may break headings, never numbers
+        table.add_column(column.title, justify="right" if column.numeric else "left", min_width=width)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
