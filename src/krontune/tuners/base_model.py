@@ -217,7 +217,8 @@ class KronModel(_peft.BaseTuner):
     def _check_weights(self) -> None:
         for name, layer in self._targets.items():
             weight = layer.base_parameter
-            if weight.is_floating_point() and not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            is_plain = layer.quantization_backend is None and weight.is_floating_point() and not weight.is_meta
+            if is_plain and not bool(torch.isfinite(weight).all()):
                 raise ConfigError(
                     f"The weight of {name} holds NaN or Inf, so that no adapter can be started from it. Load the base "
                     "model again, or leave the module out with exclude_modules."

@@ -148,12 +148,19 @@ def fingerprint(weight: torch.Tensor, storage: str) -> dict:
     """
     if weight.is_meta or type(weight).__name__ == "DTensor" or weight.numel() == 0:
         return {"storage": storage, "digest": None, "sample": None}
-    plain = weight.detach().as_subclass(torch.Tensor).reshape(-1)
+    plain = _stored_numbers(weight).detach().as_subclass(torch.Tensor).reshape(-1)
     index = torch.linspace(0, plain.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(plain.device)
     entries = plain[index].cpu().contiguous()
     digest = hashlib.sha256(entries.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
     sample = [float(f"{v:.4g}") for v in entries[:: _SAMPLES // 8].double().tolist()]
     return {"storage": storage, "digest": digest, "sample": sample}
+
+
+def _stored_numbers(weight: torch.Tensor) -> torch.Tensor:
+    """The weight itself, or the codes of a quantised tensor subclass: its first inner tensor."""
+    while hasattr(weight, "__tensor_flatten__"):
+        weight = getattr(weight, weight.__tensor_flatten__()[0][0])
+    return weight
 
 
 def _differs(saved: dict, now: dict) -> bool:

@@ -147,8 +147,10 @@ def host_of(base: nn.Module, name: str, quantised: bool, parameter_name: str | N
 
 def storage_of(weight: Tensor, backend: Any) -> str:
     """How a weight is stored: its dtype's name, or its quantisation backend's."""
-    if backend is not None:
-        kind = getattr(getattr(weight, "quant_state", None), "quant_type", "")  # nf4 and fp4 share a backend
+    if backend is not None:  # one backend serves nf4 and fp4, or torchao's int8, int4 and float8
+        kind = getattr(getattr(weight, "quant_state", None), "quant_type", "")
+        if backend.backend_name == "torchao":
+            kind = type(weight).__name__
         return f"{backend.backend_name} {kind}".strip()
     return str(weight.dtype).removeprefix("torch.")
 
