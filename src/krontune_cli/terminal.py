@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -34,8 +33,10 @@ def is_main_process() -> bool:
 
 def print_json(value: Any) -> None:
     """The one thing on standard output when a machine asked."""
+    from krontune.report.files import to_json
+
     if is_main_process():
-        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        typer.echo(to_json(value))
 
 
 def quiet_libraries(progress: bool) -> None:

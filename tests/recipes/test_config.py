@@ -165,6 +165,10 @@ def test_a_wrong_method_setting(settings: dict[str, object], message: str) -> No
         ({"output_dir": "x"}, "training.output_dir belongs elsewhere in the file: set 'output' instead."),
         ({"seed": 1}, "set 'seed' instead"),
         ({"max_steps": "ten"}, "'training.max_steps' is 'ten'"),
+        ({"max_steps": 0}, "training.max_steps is 0; it must be at least 1, or -1"),
+        ({"learning_rate": -1}, "training.learning_rate is -1.0; it must be at least 0."),
+        ({"learning_rate": ".nan"}, "training.learning_rate"),
+        ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size is 0; it must be at least 1."),
         ({"eval_strategy": "sometimes"}, "training settings: sometimes is not a valid"),
     ],
 )

@@ -108,6 +108,14 @@ def test_bad_sources(settings: dict[str, str], message: str) -> None:
         load_data(DataSettings(**settings))
 
 
+def test_settings_without_effect_are_refused(jsonl: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.system has no effect"):
+        load_data(DataSettings(train=str(jsonl), system="Be brief."))
+    chats = write_jsonl(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
+    with pytest.raises(ConfigError, match=r"data\.chat wraps"):
+        load_data(DataSettings(train=str(chats), chat=True))
+
+
 def test_a_column_that_is_not_there(jsonl: Path) -> None:
     with pytest.raises(ConfigError, match=r"no column 'promt'. Did you mean 'prompt'\?"):
         load_data(DataSettings(train=str(jsonl), columns={"prompt": "{promt}!"}))

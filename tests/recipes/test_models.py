@@ -94,7 +94,7 @@ def test_a_package_is_located_and_not_imported(name: str) -> None:
 
 def test_chat_template_is_checked(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(ModelSettings(path=str(tiny_model)))
-    check_chat_template(tokenizer)
+    check_chat_template(tokenizer, masked=True)
     for template, message in (
         (None, "has no chat template"),
         ("{{ raise_exception('no roles') }}", "chat template fails: no roles"),
@@ -102,4 +102,5 @@ def test_chat_template_is_checked(tiny_model: Path) -> None:
     ):
         tokenizer.chat_template = template
         with pytest.raises(ConfigError, match=message):
-            check_chat_template(tokenizer)
+            check_chat_template(tokenizer, masked=True)
+    check_chat_template(tokenizer, masked=False)

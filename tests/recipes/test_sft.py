@@ -187,6 +187,11 @@ def test_other_files_are_never_touched(run_config: MakeConfig) -> None:
         ({"model": "./missing"}, "does not exist"),
         ({"method": {"name": "lora", "target_modules": ["nothing"]}}, "(?i)target modules"),
         ({"method": {"name": "soka", "target_modules": ["q_proj"], "factor_shape": [5, 7]}}, "divide"),
+        ({"method": {"name": "lora", "target_modules": ["lm_head"]}}, "lm_head"),
+        ({"report_to": "wnadb"}, "wnadb"),
+        ({"report_to": "mlflow"}, "mlflow"),
+        ({"training": {"eval_strategy": "epoch"}}, "eval_dataset"),
+        ({"training": {"max_length": 2}}, "max_length=2"),
     ],
 )
 def test_a_mistake_is_one_line(changes: dict[str, Any], message: str, run_config: MakeConfig) -> None:
@@ -229,6 +234,12 @@ def test_only_the_completion_is_learned(run_config: MakeConfig, tmp_path: Path) 
         log_probs = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
     expected = -log_probs.gather(1, ids[0, len(prompt) :, None]).mean().item()
     assert train(config).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_shorter_than_the_log_interval_has_a_loss(run_config: MakeConfig) -> None:
+    every = train(run_config())
+    rarely = train(run_config(training={"logging_steps": 100}), force=True)
+    assert rarely.loss == pytest.approx(sum(row["loss"] for row in every.history) / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lsr", "soka"])

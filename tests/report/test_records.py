@@ -47,6 +47,12 @@ def test_a_record_reads_back(tmp_path: Path) -> None:
     assert read_record(tmp_path / "record.json") == record()
 
 
+def test_a_loss_that_is_no_number_is_null_in_the_file(tmp_path: Path) -> None:
+    write_record(record(loss=math.nan), tmp_path / "record.json")
+    assert "NaN" not in (tmp_path / "record.json").read_text()
+    assert math.isnan(read_record(tmp_path / "record.json").loss)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -53,10 +53,14 @@ def _examples(settings: DataSettings, source: str, split: str) -> Dataset:
         rows = rows.select(range(min(settings.limit, len(rows))))
     if len(rows) == 0:
         raise ConfigError(f"{source} has no rows.")
+    if settings.system is not None and not settings.chat:
+        raise ConfigError("data.system has no effect without data.chat: true.")
     rows = _choose_columns(rows, settings, source)
+    if settings.chat and not all(isinstance(rows[0].get(name), str) for name in ("prompt", "completion")):
+        raise ConfigError(f"data.chat wraps a prompt and a completion of plain text; {source} has other rows. Drop it.")
     _check_values(rows, source)
-    if settings.chat and "prompt" in rows.column_names:
-        rows = rows.map(lambda row: _as_chat(row, settings.system), desc="Wrapping as chat")
+    if settings.chat:
+        return rows.map(lambda row: _as_chat(row, settings.system), desc="Wrapping as chat")
     return rows
 
 

@@ -145,9 +145,12 @@ def resolve_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that chat examples can be rendered, and that a prompt is a prefix of the whole conversation (the loss
-    mask depends on it).
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, masked: bool) -> None:
+    """Make sure that chat examples can be rendered.
+
+    Args:
+        tokenizer: the model's.
+        masked: the loss is on the answers alone, so that a prompt has to be a prefix of the whole conversation.
 
     Raises:
         ConfigError: no template, one that fails, or one that renders a prompt differently once it is answered.
@@ -163,7 +166,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "pong"}], tokenize=False)
     except Exception as error:  # the template is the model author's program: anything can come out of it
         raise ConfigError(f"the tokenizer's chat template fails: {error}") from None
-    if not whole.startswith(start):
+    if masked and not whole.startswith(start):
         raise ConfigError(
             "the tokenizer's chat template renders a prompt differently once it is answered, so the loss cannot be "
             "limited to the answer. Set training.chat_template_path to a template that does not."

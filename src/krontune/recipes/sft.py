@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -39,6 +40,15 @@ OWN_SETTINGS = {
 # TRL's 2e-5 is for full fine-tuning. Where a method's useful range lies is in docs/train.md.
 LEARNING_RATES = {"lsr": 6e-3, "soka": 2e-3}
 LEARNING_RATE = 2e-4
+# What TRL and torch would only complain about deep inside, or not at all.
+LEAST = {
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "max_length": 1,
+}
 
 
 def train(
@@ -72,7 +82,7 @@ def train(
         examples = load_data(config.data)
         base = base or load_base(config.model)
         if is_chat(examples.train) and not args.chat_template_path:
-            check_chat_template(base.tokenizer)
+            check_chat_template(base.tokenizer, masked="prompt" in examples.train.column_names)
         if args.process_index == 0:
             folder.start(config, force)
         return _fit(config, args, method, base, examples, stop, callbacks)
@@ -90,6 +100,7 @@ def sft_arguments(config: RunConfig, folder: RunFolder) -> SFTConfig:
             raise ConfigError(f"training.{name} belongs elsewhere in the file: set '{place}' instead.")
     known = {f.name for f in dataclasses.fields(SFTConfig) if f.init} - OWN_SETTINGS.keys()
     settings = check_settings(SFTConfig, config.training, "training", known)
+    _check_ranges(settings)
     on_gpu = torch.cuda.is_available() and not settings.get("use_cpu", False)
     defaults: dict[str, Any] = {
         "learning_rate": LEARNING_RATES.get(config.method.name.lower(), LEARNING_RATE),
@@ -112,6 +123,17 @@ def sft_arguments(config: RunConfig, folder: RunFolder) -> SFTConfig:
         raise ConfigError(f"training settings: {str(error).strip()}") from None
 
 
+def _check_ranges(settings: dict[str, Any]) -> None:
+    for name, least in LEAST.items():
+        value = settings.get(name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"training.{name} is {value}; it must be at least {least}.")
+    if settings.get("max_steps", -1) < 1 and settings.get("max_steps", -1) != -1:
+        raise ConfigError(
+            f"training.max_steps is {settings['max_steps']}; it must be at least 1, or -1 for whole epochs."
+        )
+
+
 def _fit(
     config: RunConfig,
     args: SFTConfig,
@@ -125,17 +147,10 @@ def _fit(
     checkpoint = folder.latest_checkpoint() if config.resume else None
     set_seed(config.seed)  # the adapter's start depends on nothing that was drawn before
     n_base = base.model.num_parameters()
+    _place(base, args)
     adapted = _with_adapter(method, base, args, examples)
     timer = StepTimer()
-    trainer = SFTTrainer(
-        model=adapted,
-        args=args,
-        train_dataset=examples.train,
-        eval_dataset=examples.eval,
-        processing_class=base.tokenizer,
-        callbacks=[stop, MetricsFile(folder.metrics), timer, *callbacks],
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = _trainer(adapted, base, args, examples, [stop, MetricsFile(folder.metrics), timer, *callbacks])
     begin = time.perf_counter()
     if checkpoint and 0 < args.max_steps <= checkpoint_step(checkpoint):
         _take_over(trainer, adapted, checkpoint)
@@ -154,6 +169,13 @@ def _fit(
     return record
 
 
+def _place(base: Base, args: SFTConfig) -> None:
+    """Move the model to its GPU before the adapter is made, so that the SVDs of a start run there."""
+    whole = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+    if args.device.type == "cuda" and whole and not getattr(base.model, "is_quantized", False):
+        base.model.to(args.device)
+
+
 def _with_adapter(method: PeftConfig, base: Base, args: SFTConfig, examples: Examples) -> PeftModel:
     """PEFT's errors about the model (no module matched, shapes) are about the user's settings."""
     try:
@@ -163,6 +185,31 @@ def _with_adapter(method: PeftConfig, base: Base, args: SFTConfig, examples: Exa
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _trainer(
+    model: PeftModel, base: Base, args: SFTConfig, examples: Examples, callbacks: list[TrainerCallback]
+) -> SFTTrainer:
+    """The trainer; what it refuses is a combination of the user's settings."""
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=examples.train,
+            eval_dataset=examples.eval,
+            processing_class=base.tokenizer,
+            callbacks=callbacks,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error).strip()) from None
+    except RuntimeError as error:  # how transformers says that report_to names a package that is not there
+        if "to be installed" not in str(error):
+            raise
+        raise ConfigError(f"report_to: {error}") from None
+    if len(trainer.train_dataset) == 0:
+        raise ConfigError(f"no training example has a completion within training.max_length={args.max_length} tokens.")
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _take_over(trainer: SFTTrainer, model: PeftModel, checkpoint: Path) -> None:
@@ -191,6 +238,9 @@ def _save_adapter(trainer: SFTTrainer, adapter: Path, card: str) -> int:
 
 def _record(config: RunConfig, trainer: SFTTrainer, n_base: int, step_ms: float, wall_s: float) -> RunRecord:
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    # a run shorter than logging_steps logs only its mean
+    means = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
+    logged = any("loss" in entry for entry in history) or not means
     evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return RunRecord(
         name=config.output.name,
@@ -205,7 +255,7 @@ def _record(config: RunConfig, trainer: SFTTrainer, n_base: int, step_ms: float,
         steps=trainer.state.global_step,
         step_ms=step_ms,
         wall_s=wall_s,
-        loss=final_loss(history),
+        loss=final_loss(history) if logged else means[-1],
         scores={"eval_loss": evaluated[-1]} if evaluated else {},
         history=history,
         environment=environment(),

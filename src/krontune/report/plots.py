@@ -24,7 +24,8 @@ def loss_curve(records: Sequence[RunRecord], path: Path, title: str = "training 
     for record, color in zip(records, _colors(len(records)), strict=True):
         draw_loss(axes, record, color)
     axes.set(title=title, xlabel="step", ylabel="loss")
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     _save(figure, path)
 
 

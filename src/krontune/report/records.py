@@ -62,7 +62,11 @@ def read_record(path: Path) -> RunRecord:
     if version != RECORD_VERSION:
         raise CheckpointError(f"{path} has record version {version!r}; this krontune reads {RECORD_VERSION}.")
     try:
+        for name in ("step_ms", "loss"):
+            raw[name] = float("nan") if raw[name] is None else raw[name]
         return RunRecord(**raw)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a run record: it has no {error}.") from None
     except TypeError as error:
         raise CheckpointError(f"{path} is not a run record: {error}") from None
 
