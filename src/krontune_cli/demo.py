@@ -21,7 +21,7 @@ OUTPUT_HELP = "Folder of the report; by default runs/demo, or runs/demo-2 and so
 
 def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=OUTPUT_HELP)] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Training steps of each method.")] = 80,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Training steps of each method.")] = 40,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the orders, the starts, and their sequence.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the demo that is in the output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON on standard output.")] = False,

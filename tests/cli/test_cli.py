@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -139,6 +140,13 @@ def test_demo_output_folders(tmp_path: Path) -> None:
     (tmp_path / "demo" / "thesis.txt").touch()
     _drop_demo(tmp_path / "demo")
     assert (tmp_path / "demo" / "thesis.txt").exists()
+
+
+def test_the_demo_has_one_default_for_its_steps() -> None:
+    from krontune.recipes.demo import DemoSettings
+    from krontune_cli import demo
+
+    assert inspect.signature(demo.command).parameters["steps"].default == DemoSettings(output=Path("x")).steps
 
 
 def test_json_is_all_that_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
@@ -57,9 +58,9 @@ class DemoSettings:
 
     output: Path
     model: str = "packaged:smollm2"
-    steps: int = 80
+    steps: int = 40
     batch_size: int = 4
-    test_items: int = 40
+    test_items: int = 64
     seed: int = 0
     contenders: tuple[Contender, ...] = CONTENDERS
 
@@ -129,7 +130,7 @@ def run_demo(settings: DemoSettings, watcher: Watcher | None = None, base: Base 
     _write_items(settings.output / "train.jsonl", training)
     _write_items(settings.output / "test.jsonl", test)
     watcher.phase(f"Loading {settings.model}")
-    base = base or load_base(ModelSettings(path=settings.model))
+    base = base or _load(settings.model)
     watcher.phase(f"Untrained: answering {len(test)} unseen orders")
     replies = {"untrained": _replies(base, test)}
     before = _share_exact(replies["untrained"], test)
@@ -147,6 +148,13 @@ def run_demo(settings: DemoSettings, watcher: Watcher | None = None, base: Base 
     return DemoResult(records, answers, time.perf_counter() - begin)
 
 
+def _load(model: str) -> Base:
+    base = load_base(ModelSettings(path=model))
+    if torch.cuda.is_available():
+        base.model.to("cuda")
+    return base
+
+
 def _train(settings: DemoSettings, contender: Contender, base: Base, watcher: Watcher) -> RunRecord:
     watcher.phase(f"{contender.name}: training for {settings.steps} steps")
     own = Base(copy.deepcopy(base.model), base.tokenizer)
@@ -162,9 +170,9 @@ def _replies(base: Base, items: Sequence[Item]) -> list[str]:
     prompts: list[list[Message]] = [
         [{"role": "system", "content": SYSTEM}, {"role": "user", "content": item.prompt}] for item in items
     ]
-    # a wanted reply has about one token for three characters; a longer one than any of them cannot be right
+    # twice the longest wanted reply leaves room for another spacing of the same JSON
     longest = max(len(base.tokenizer(item.completion)["input_ids"]) for item in items)
-    return answer(base.model, base.tokenizer, prompts, max_new_tokens=longest + 8, batch_size=len(prompts))
+    return answer(base.model, base.tokenizer, prompts, max_new_tokens=2 * longest, batch_size=len(prompts))
 
 
 def _share_exact(replies: Sequence[str], items: Sequence[Item]) -> float:
