@@ -68,6 +68,9 @@ def _show(result: Export) -> None:
     ]
     out = console()
     out.print(make_table(["module", "modules", "rank", "largest error"], rows, f"{result.method} to {result.to}"))
+    if result.curve:
+        points = [[str(rank), error_text(error)] for rank, error in result.curve]
+        out.print(make_table(["rank", "error"], points, "Error against rank", text_columns=0))
     exact = result.error == 0
     out.print(f"error of dW      {'none: it is the same product' if exact else error_text(result.error)}")
     if result.padded_rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,15 @@ def output_folder(out: str | Path, force: bool, inputs: Sequence[str | Path] = (
     check_output(out, force, inputs)
     with whole_folder(Path(out)) as partial:
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_output(out: str | Path, force: bool, inputs: Sequence[str | Path] = ()) -> None:

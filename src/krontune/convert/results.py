@@ -29,6 +29,7 @@ class Export:
     n_bytes: int
     padded_rank: int | None = None
     notes: list[str] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (rank, error of all updates together)
 
     @property
     def error(self) -> float:

@@ -84,8 +84,8 @@ def export_lora(
         config.save_pretrained(str(folder))
     n_params = sum(t.numel() for key, t in tensors.items() if ".lora_" in key)
     n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    notes = _notes(adapter, pairs, padded)
-    return Export(Path(out), adapter.method, "lora", modules, n_params, n_bytes, padded, notes)
+    notes, curve = _notes(adapter, pairs, padded), error_curve(pairs)
+    return Export(Path(out), adapter.method, "lora", modules, n_params, n_bytes, padded, notes, curve)
 
 
 def lora_tensors(adapter: Adapter, pairs: dict[str, LowRankPair], padded: int | None = None) -> dict[str, Tensor]:
@@ -137,6 +137,17 @@ def product_norm(pair: LowRankPair) -> float:
     """||B A||_F from the factors' Gram matrices, in float64."""
     A, B = pair.A.double(), pair.B.double()
     return float(((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0).sqrt())
+
+
+def error_curve(pairs: dict[str, LowRankPair]) -> list[tuple[int, float]]:
+    """(rank, error) of all updates together, for the ranks of vLLM; empty where nothing is lost by construction."""
+    spectra = [pair.sigma for pair in pairs.values() if pair.sigma is not None]
+    if len(spectra) < len(pairs):
+        return []
+    total = sum(float(sigma.square().sum()) for sigma in spectra) or 1.0
+    largest = max(len(sigma) for sigma in spectra)
+    ranks = [rank for rank in VLLM_RANKS if rank < largest]
+    return [(k, (sum(float(sigma[k:].square().sum()) for sigma in spectra) / total) ** 0.5) for k in ranks]
 
 
 def _in_layout(A: Tensor, B: Tensor, layer: dict[str, Any]) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class LowRankPair:
     B: Tensor  # (m, r)
     A: Tensor  # (r, n)
     error: float  # ||dW - B A||_F / ||dW||_F; 0 where it is the same by construction
+    sigma: Tensor | None = None  # all singular values of dW, where they were computed
 
     @property
     def rank(self) -> int:
@@ -110,11 +111,9 @@ class KronUpdate:
         return self.scale * kron_sum(self.A, self.B)
 
     def lowrank(self, rank: int | None = None, error: float | None = None) -> LowRankPair:
-        inner = _inner_size(self.A, self.B)
-        if inner < min(self.A.shape[-2] * self.B.shape[-2], self.A.shape[-1] * self.B.shape[-1]) // 2:
-            return truncate(*_thin_product(self.scale * self.A, self.B), rank, error)
-        near = nearest_lowrank(self.scale * self.A, self.B, rank=rank, rel_error=error)
-        return LowRankPair(near.U, near.V, near.error)
+        m, n = self.A.shape[-2] * self.B.shape[-2], self.A.shape[-1] * self.B.shape[-1]
+        whole = nearest_lowrank(self.scale * self.A, self.B, rank=min(m, n))
+        return _shorten(whole.U, whole.V, rank, error)
 
     def describe(self) -> dict[str, object]:
         return {"r": self.r, "factors": {"A": _shapes([self.A]), "B": _shapes([self.B])}}
@@ -152,42 +151,27 @@ def soka_update(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor, scale: float) ->
     return KronUpdate(A, B, scale, dA.numel() + dB.numel(), dA.shape[-3])
 
 
-def _inner_size(A: Tensor, B: Tensor) -> int:
-    """A bound on the rank of sum_k A_k (x) B_k: the inner size of `_thin_product`."""
-    K, m1, n1 = A.shape
-    _, m2, n2 = B.shape
-    return K * min(n1 * m2, m1 * n2)
-
-
-def _thin_product(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_k A_k (x) B_k as (m, inner) @ (inner, n), by A (x) B = (A (x) I) (I (x) B) = (I (x) B) (A (x) I)."""
-    (K, m1, n1), (_, m2, n2) = A.shape, B.shape
-    if n1 * m2 <= m1 * n2:
-        left = torch.einsum("kij,ab->iakjb", A, torch.eye(m2)).reshape(m1 * m2, K * n1 * m2)
-        right = torch.einsum("jl,kbd->kjbld", torch.eye(n1), B).reshape(K * n1 * m2, n1 * n2)
-    else:
-        left = torch.einsum("il,kbd->ibkld", torch.eye(m1), B).reshape(m1 * m2, K * m1 * n2)
-        right = torch.einsum("kij,ab->kiajb", A, torch.eye(n2)).reshape(K * m1 * n2, n1 * n2)
-    return left, right
-
-
 def truncate(B: Tensor, A: Tensor, rank: int | None, error: float | None) -> LowRankPair:
     """The nearest product of a lower rank to B @ A, from their QR factors: nothing of (m, n) is formed.
 
     With neither rank nor error, or a rank that is not lower, B and A as they are.
     """
-    r = A.shape[0]
-    if error is None and (rank is None or rank >= r):
+    if error is None and (rank is None or rank >= A.shape[0]):
         return LowRankPair(B, A, 0.0)
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
-    tails = S.square().flip(0).cumsum(0).flip(0).sqrt() / S.norm().clamp_min(torch.finfo(S.dtype).tiny)
-    k = rank if error is None else int((tails > error).sum())
-    k = max(1, min(k or 1, len(S)))
-    root = S[:k].sqrt()
-    lost = float(tails[k]) if k < len(S) else 0.0
-    return LowRankPair((Q_B @ U[:, :k] * root).float(), (root[:, None] * Vh[:k] @ Q_A.mT).float(), lost)
+    root = S.sqrt()
+    return _shorten((Q_B @ U * root).float(), (root[:, None] * Vh @ Q_A.mT).float(), rank, error)
+
+
+def _shorten(U: Tensor, V: Tensor, rank: int | None, error: float | None) -> LowRankPair:
+    """The first terms of an SVD given as U (m, k), V (k, n) with sqrt(sigma) on each side."""
+    sigma = U.double().norm(dim=0) * V.double().norm(dim=1)
+    left_out = sigma.square().flip(0).cumsum(0).flip(0).sqrt() / sigma.norm().clamp_min(torch.finfo(sigma.dtype).tiny)
+    k = int((left_out > error).sum()) if error is not None else rank or len(sigma)
+    k = max(1, min(k, len(sigma)))
+    return LowRankPair(U[:, :k], V[:k], float(left_out[k]) if k < len(sigma) else 0.0, sigma)
 
 
 def _shapes(tensors: list[Tensor]) -> list[list[int]]:
