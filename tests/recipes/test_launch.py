@@ -33,7 +33,7 @@ def write_config(config: RunConfig, tmp_path: Path) -> Path:
 
 
 def wait_for_steps(metrics: Path, n: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
+    for _ in range(3000):
         if metrics.exists() and len(metrics.read_text().splitlines()) >= n:
             return
         assert process.poll() is None, process.communicate()[1]

@@ -21,7 +21,7 @@ from krontune.recipes.sandbox.api import Limits, Outcome, SandboxError, run_prog
 from krontune.recipes.sandbox.supervisor import larger_than
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
-QUICK = Limits(seconds=5.0, memory_bytes=256 << 20, output_bytes=1 << 16, folder_bytes=4 << 20, processes=16)
+QUICK = Limits(seconds=60.0, memory_bytes=256 << 20, output_bytes=1 << 16, folder_bytes=4 << 20, processes=16)
 SHORT = Limits(seconds=1.0)
 ROOT = Path(__file__).resolve().parents[2]
 

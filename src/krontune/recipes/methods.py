@@ -7,8 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from pydantic import ConfigDict, ValidationError, create_model
 
 from krontune.errors import ConfigError

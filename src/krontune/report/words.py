@@ -15,7 +15,7 @@ def short_names(kinds: Iterable[str]) -> dict[str, str]:
     >>> short_names(["model.layers.*.self_attn.q_proj", "model.layers.*.mlp.up_proj"])
     {'model.layers.*.self_attn.q_proj': 'q_proj', 'model.layers.*.mlp.up_proj': 'up_proj'}
     >>> short_names(["layer.*.attention.dense", "layer.*.dense"])["layer.*.dense"]
-    'layer.*.dense'
+    '*.dense'
     """
     parts = {kind: kind.split(".") for kind in kinds}
     short = {}

@@ -98,7 +98,7 @@ def _targets(model: nn.Module, config: KronConfig) -> Iterator[tuple[str, nn.Par
 
 
 def _tuner_class(config: KronConfig) -> Any:
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
     return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
 
