@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from krontune import ConfigError, LsrConfig, SokaConfig
 from krontune.tuners import _peft
 from tests.tuners.helpers import (
+    OLD_PEFT,
     TARGETS,
     adapted,
     assert_same_tensors,
@@ -28,7 +29,7 @@ SELECTIONS = {
     "exclude": {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
     "exclude regex": {"target_modules": TARGETS, "exclude_modules": r".*layers\.0\..*"},
     "layers": {"target_modules": TARGETS, "layers_to_transform": [1]},
-    "one layer": {"target_modules": TARGETS, "layers_to_transform": 0, "layers_pattern": "layers"},
+    "one layer": {"target_modules": TARGETS, "layers_to_transform": 1, "layers_pattern": "layers"},
     "saved": {"target_modules": "all-linear", "modules_to_save": ["q_proj"]},
 }
 
@@ -67,7 +68,7 @@ def test_alpha_pattern(tiny, method):
 
 
 def test_a_pattern_that_matches_nothing_warns(tiny, method):
-    if not _peft.saves_biases():
+    if OLD_PEFT:
         pytest.skip("PEFT before 0.21 does not look at patterns that match nothing")
     with pytest.warns(RuntimeWarning, match="alpha_pattern.*did not match"):
         adapted(tiny(), method(target_modules=TARGETS, alpha_pattern={"nothing": 2.0}))
@@ -91,7 +92,7 @@ def test_modules_to_save(tiny, batch, method, tmp_path):
 @pytest.mark.parametrize("which", ["all", "only"])
 def test_bias(tiny, batch, method, tmp_path, which):
     bias = which if which == "all" else f"{method().peft_type.value.lower()}_only"
-    if not _peft.saves_biases():
+    if OLD_PEFT:
         with pytest.raises(ConfigError, match=r"needs peft >= 0\.21"):
             method(bias=bias)
         return

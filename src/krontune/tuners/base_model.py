@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -71,8 +71,7 @@ class KronModel(_peft.BaseTuner):
         self.peft_config[adapter_name] = config
         if config.train_norms:
             config.modules_to_save = [*(config.modules_to_save or []), *norm_names(model, config.modules_to_save or [])]
-        children = [(module, dict(module._modules)) for module in model.modules()]
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        undo = self._undo_of_injection(model, adapter_name)
         self._targets: dict[str, KronLayer] = {}
         places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._tied = {parameter for parameter, count in places.items() if count > 1}
@@ -81,7 +80,7 @@ class KronModel(_peft.BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._fill(config, adapter_name, twin)
         except BaseException:  # Ctrl-C during a long KPSVD, too
-            self._undo(adapter_name, children, trainable)
+            undo()
             raise
         finally:
             del self._targets, self._tied
@@ -224,24 +223,28 @@ class KronModel(_peft.BaseTuner):
                     "model again, or leave the module out with exclude_modules."
                 )
 
-    def _undo(
-        self,
-        adapter_name: str,
-        children: list[tuple[nn.Module, dict[str, nn.Module | None]]],
-        trainable: list[tuple[nn.Parameter, bool]],
-    ) -> None:
-        """Leave the model as it was before a failed injection."""
-        for layer in self._targets.values():
-            if adapter_name in layer.specs:
-                layer.delete_adapter(adapter_name)
-        for module, before in children:
-            module._modules.clear()
-            module._modules.update(before)
-            if isinstance(module, _peft.AuxiliaryTrainingWrapper):
-                module._adapters.discard(adapter_name)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-        self.peft_config.pop(adapter_name, None)
+    def _undo_of_injection(self, model: nn.Module, adapter_name: str) -> Callable[[], None]:
+        """What leaves the model as it is now, to be called if the injection fails."""
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        names = [(matched, list(matched)) for matched in (self.targeted_module_names, self.targeted_parameter_names)]
+
+        def undo() -> None:
+            for layer in self._targets.values():
+                if adapter_name in layer.specs:
+                    layer.delete_adapter(adapter_name)
+            for module, before in children:
+                module._modules.clear()
+                module._modules.update(before)
+                if isinstance(module, _peft.AuxiliaryTrainingWrapper):
+                    module._adapters.discard(adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            for matched, before_names in names:
+                matched[:] = before_names
+            self.peft_config.pop(adapter_name, None)
+
+        return undo
 
     # --------------------------------------------------------------------------------------------------- mixed batches
 
