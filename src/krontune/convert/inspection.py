@@ -75,7 +75,7 @@ def _settings(config: Any) -> dict[str, Any]:
     """The settings that a person would have written."""
     names = ["r", "separation_rank", "alpha", "lora_alpha", "factor_shape", "factor_shapes", "init_weights"]
     names += ["rank_selection", "budget", "use_rslora", "decompose_factor", "train_norms", "bias", "modules_to_save"]
-    empty = (None, False, "none", {}, [])
+    empty: tuple[Any, ...] = (None, False, "none", {}, [])
     return {name: getattr(config, name) for name in names if getattr(config, name, None) not in empty}
 
 
