@@ -7,7 +7,14 @@ import sys
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -145,6 +152,29 @@ def test_state_dict_functions(tiny, batch, method):
     other = adapted(tiny(), method(target_modules=TARGETS), trained=False)
     result = set_peft_model_state_dict(other, state)
     assert not result.unexpected_keys
+    assert torch.equal(logits(other, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_state_dict_into_empty_factors(tiny, batch, method, dtype):
+    """get_peft_model and set_peft_model_state_dict with low_cpu_mem_usage."""
+    model = adapted(tiny("llama", dtype), method(target_modules=TARGETS))
+    empty = get_peft_model(tiny("llama", dtype), method(target_modules=TARGETS), low_cpu_mem_usage=True).eval()
+    assert any(p.is_meta for p in empty.parameters())
+    set_peft_model_state_dict(empty, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
+    assert_same_tensors(adapter_tensors(empty), adapter_tensors(model))
+    assert torch.equal(logits(empty, batch), logits(model, batch))
+
+
+def test_modules_may_be_given_by_a_state_dict(tiny, batch, method):
+    """inject_adapter_in_model(state_dict=...) takes its modules from the keys, whatever the config says."""
+    model = adapted(tiny(), method(target_modules=TARGETS))
+    state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(model).items()}
+    other = tiny()
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        inject_adapter_in_model(method(target_modules=["o_proj", *TARGETS]), other, state_dict=state)
+    set_peft_model_state_dict(other, state)
+    assert_same_tensors(adapter_tensors(other), adapter_tensors(model))
     assert torch.equal(logits(other, batch), logits(model, batch))
 
 

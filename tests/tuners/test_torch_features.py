@@ -108,6 +108,19 @@ def test_autocast(tiny, batch, method, base_dtype):
     assert all(f.dtype == torch.float32 for layer in kron_layers(model).values() for f in layer.factors("default"))
 
 
+@pytest.mark.parametrize("kind", COMPILED)
+def test_autocast_of_a_layer(net, method, kind):
+    """The output has the dtype that the base layer's has under autocast."""
+    build, shape = COMPILED[kind]
+    x = torch.randint(0, 40, (3, 5)) if shape is None else torch.randn(shape)
+    base = build()
+    model = adapted(net(base), method(target_modules=["layer"]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = model(x), base(x).dtype
+    assert got.dtype == expected
+    torch.testing.assert_close(got.float(), model(x), rtol=0.05, atol=0.1)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(tiny, batch, method, use_reentrant):
     start = adapted(tiny(), method(target_modules=TARGETS)).train()

@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from krontune import CheckpointError, LsrConfig, SokaConfig
+from krontune import CheckpointError, ConfigError, LsrConfig, SokaConfig
 from tests.tuners.helpers import (
     TARGETS,
     adapted,
@@ -87,6 +87,27 @@ def test_native_loading_on_another_base(tiny, method, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises((CheckpointError, ValueError), match=r"not found in the base model|another architecture"):
         tiny().load_adapter(tmp_path)
+
+
+def test_native_loading_of_a_file_that_lacks_a_tensor(tiny, batch, method, tmp_path):
+    """transformers reports missing tensors and goes on; the first forward does not."""
+    adapted(tiny(), method(target_modules=TARGETS)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors[next(key for key in tensors if "v_proj" in key)]
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = tiny()
+    model.load_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match="its weights were never loaded"):
+        logits(model, batch)
+
+
+def test_native_failure_leaves_no_adapter(tiny, batch, method):
+    model = tiny()
+    model.add_adapter(method(target_modules=TARGETS), "good")
+    with pytest.raises(ConfigError, match="LlamaRMSNorm, which cannot be adapted"):
+        model.add_adapter(method(target_modules=["input_layernorm"]), "bad")
+    assert list(model.peft_config) == ["good"]
+    assert torch.equal(logits(model, batch), logits(tiny(), batch))
 
 
 # -------------------------------------------------------------------------------------------------------- AutoPeftModel

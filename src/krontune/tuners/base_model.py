@@ -1,4 +1,4 @@
-"""The tuner, but for what a method resolves: injection in two phases, mixed batches, norms, and joining of adapters.
+"""The tuner, but for what a method resolves: injection in two phases, and the calls that PEFT makes.
 
 PEFT decides which modules are adapted (phase one: they are wrapped, empty). Then all of them are known, and ranks that
 depend on each other can be chosen and the factors made (phase two).
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from krontune.errors import ConfigError
 from krontune.tuners import _peft
-from krontune.tuners.base_config import KronConfig, check_choice, check_number
+from krontune.tuners.base_config import KronConfig
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.checkpoint import check_base, check_tensors, fingerprint, spec_to_dict, stored_dtype
 from krontune.tuners.gradient import drop_gradient, kept_gradient
+from krontune.tuners.joining import check_join, join_saved_modules, joined_config
 from krontune.tuners.mixed import adapter_by_row
+from krontune.tuners.norms import norm_names
 
 
 class Resolved(NamedTuple):
@@ -69,13 +71,14 @@ class KronModel(_peft.BaseTuner):
         twin = next((name for name, c in self.peft_config.items() if c is given and name != adapter_name), None)
         config = copy.deepcopy(given)  # the user's own object is never written to
         self.peft_config[adapter_name] = config
-        if config.train_norms:
-            config.modules_to_save = [*(config.modules_to_save or []), *norm_names(model, config.modules_to_save or [])]
         undo = self._undo_of_injection(model, adapter_name)
         self._targets: dict[str, KronLayer] = {}
         places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._tied = {parameter for parameter, count in places.items() if count > 1}
         try:
+            if config.train_norms:
+                saved = config.modules_to_save or []
+                config.modules_to_save = [*saved, *norm_names(model, saved)]
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._fill(config, adapter_name, twin)
@@ -146,22 +149,11 @@ class KronModel(_peft.BaseTuner):
         else:
             self._check_weights()
             resolved = self.resolve(config, self._targets)
-        trainable = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in self._targets.items():
-            start, dtype = None, None
-            if config.resolved is None:
-                start = self.start(config, name, layer, resolved[name], kept_gradient(layer))
-            elif twin is not None:
-                layer.check_loaded([twin])
-                start, dtype = layer.start_like(twin), layer.dtype_of(twin)
-            else:
-                dtype = stored_dtype(config.resolved[name])
-            alpha = pattern_value(config.alpha_pattern, name, config.alpha)
-            layer.add(adapter_name, resolved[name].spec, float(alpha), config.dropout, start, trainable, dtype)
+            self._add(config, adapter_name, name, layer, resolved[name], twin)
         if twin is not None:
             for wrapper in self._saved_modules(adapter_name).values():
-                saved = wrapper.modules_to_save
-                saved[adapter_name].load_state_dict(saved[twin].state_dict())
+                wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[twin].state_dict())
         for layer in self._targets.values():
             drop_gradient(layer)
         if config.resolved is None:
@@ -169,6 +161,21 @@ class KronModel(_peft.BaseTuner):
             config.resolved = {name: _entry(base[name], resolved[name], name, paths[name]) for name in self._targets}
             self._note_dtypes(adapter_name)
             config.saved_tensors = self._saved_tensors(adapter_name)
+
+    def _add(
+        self, config: Any, adapter_name: str, name: str, layer: KronLayer, resolved: Resolved, twin: str | None
+    ) -> None:
+        start, dtype = None, None
+        if config.resolved is None:
+            start = self.start(config, name, layer, resolved, kept_gradient(layer))
+        elif twin is not None:
+            layer.check_loaded([twin])
+            start, dtype = layer.start_like(twin), layer.dtype_of(twin)
+        else:
+            dtype = stored_dtype(config.resolved[name])
+        alpha = pattern_value(config.alpha_pattern, name, config.alpha)
+        trainable = adapter_name in self.active_adapters and not config.inference_mode
+        layer.add(adapter_name, resolved.spec, float(alpha), config.dropout, start, trainable, dtype)
 
     def _saved_tensors(self, adapter_name: str) -> list[str]:
         """Names of the tensors of this adapter's modules_to_save, as they are in the adapter file."""
@@ -276,8 +283,8 @@ class KronModel(_peft.BaseTuner):
             ConfigError: unknown or existing names, weights that are no numbers, trained biases, or factor shapes that
                 differ.
         """
-        self._check_join(adapters, weights, adapter_name, combination_type)
-        config = self._joined_config(adapters)
+        check_join(self.peft_config, adapters, weights, adapter_name, combination_type)
+        config = joined_config([self.peft_config[adapter] for adapter in adapters])
         self.peft_config[adapter_name] = config
         try:
             for name, path, layer in self._named_layers():
@@ -290,53 +297,12 @@ class KronModel(_peft.BaseTuner):
                     config.resolved[name] = _entry(self._describe(layer), Resolved(spec), name, path)
                     if not isinstance(layer, ParameterLayer):
                         config.target_modules.add(name)
-            self._join_saved_modules(adapters, weights, adapter_name)
+            join_saved_modules(self.model, adapters, weights, adapter_name)
             self._note_dtypes(adapter_name)
             config.saved_tensors = self._saved_tensors(adapter_name)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
-
-    def _check_join(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-    ) -> None:
-        check_choice("combination_type", combination_type, ("linear", "cat"))
-        if len(adapters) != len(weights) or not adapters:
-            raise ConfigError(f"Got {len(adapters)} adapters and {len(weights)} weights. Give one weight an adapter.")
-        for adapter, weight in zip(adapters, weights, strict=True):
-            check_number(f"the weight of {adapter!r}", weight)
-        missing = [a for a in adapters if a not in self.peft_config]
-        if missing or adapter_name in self.peft_config:
-            wrong = f"{missing} do not exist" if missing else f"{adapter_name!r} exists already"
-            raise ConfigError(f"add_weighted_adapter: {wrong}. The model has {sorted(self.peft_config)}.")
-        biased = [a for a in adapters if self.peft_config[a].bias != "none"]
-        if biased:
-            raise ConfigError(f"add_weighted_adapter: {biased} trained biases, which all adapters of a model share.")
-
-    def _joined_config(self, adapters: Sequence[str]) -> Any:
-        """The first adapter's config, without the settings that `resolved` replaces; every module goes by its name."""
-        configs = [self.peft_config[a] for a in adapters]
-        joined = copy.deepcopy(configs[0])
-        joined.resolved, joined.target_modules, joined.exclude_modules = {}, set(), None
-        joined.layers_to_transform = joined.layers_pattern = None
-        joined.rank_pattern, joined.alpha_pattern, joined.alpha, joined.dropout = {}, {}, 1.0, 0.0
-        joined.target_parameters = next((c.target_parameters for c in configs if c.target_parameters), None)
-        saved = dict.fromkeys(name for c in configs for name in c.modules_to_save or [])
-        joined.modules_to_save = list(saved) or None
-        joined.train_norms = any(c.train_norms for c in configs)
-        return joined
-
-    def _join_saved_modules(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        wrappers = [m for m in self.model.modules() if isinstance(m, _peft.ModulesToSaveWrapper)]
-        for wrapper in wrappers:
-            copies = wrapper.modules_to_save
-            present = [(copies[a].state_dict(), w) for a, w in zip(adapters, weights, strict=True) if a in copies]
-            if present:
-                wrapper.update(adapter_name)
-                start = wrapper.original_module.state_dict()
-                for key, tensor in copies[adapter_name].requires_grad_(False).state_dict().items():
-                    if tensor.is_floating_point():
-                        tensor += sum(w * (trained[key] - start[key]) for trained, w in present)
 
     def _named_layers(self) -> Iterator[tuple[str, str, KronLayer]]:
         """(name of the module or parameter in the base model, path of its layer in this one, layer)."""
@@ -363,30 +329,3 @@ def pattern_value(pattern: dict, name: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
-
-
-def norm_names(model: nn.Module, saved_whole: Sequence[str]) -> list[str]:
-    """Full names of a model's normalisation layers with parameters, those inside modules of `saved_whole` left out."""
-    found, new = False, []
-    for name, module in model.named_modules():
-        if isinstance(module, _peft.ModulesToSaveWrapper):
-            module = module.original_module
-        elif ".modules_to_save." in name or ".original_module" in name:
-            continue
-        own = next(module.parameters(recurse=False), None)
-        if own is not None and (type(module).__name__.endswith("Norm") or isinstance(module, _TORCH_NORMS)):
-            found = True
-            if not any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in saved_whole):
-                new.append(name)
-    if not found:
-        raise ConfigError("train_norms=True, and the model has no normalisation layer with parameters. Leave it out.")
-    return new
-
-
-_TORCH_NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
