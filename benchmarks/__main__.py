@@ -27,7 +27,13 @@ def _run(options: argparse.Namespace) -> None:
     from benchmarks.tables import all_tables
 
     setting = Setting(
-        options.device, options.dtype, options.threads, options.repetitions, options.seed, quick=options.quick
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        repetitions=options.repetitions,
+        seed=options.seed,
+        seconds=0.0 if options.quick else options.seconds,
+        quick=options.quick,
     )
     print(all_tables(run(setting, options.case, options.out)))
 
@@ -56,7 +62,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     from benchmarks.run import run
 
     if options.results is None:
-        setting = Setting(options.device, options.dtype, options.threads, quick=False)
+        setting = Setting(options.device, options.dtype, options.threads)
         results = run(setting, ["paths/*"], options.out)
     else:
         results = Results.load(options.results)
@@ -81,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--case", action="append", default=[], metavar="GLOB", help="only these; may be repeated")
     run.add_argument("--out", type=Path, default=Path("results.json"), help="cases already in it are replaced")
     run.add_argument("--repetitions", type=int, default=20)
+    run.add_argument("--seconds", type=float, default=20.0, help="more rounds for so long a case; --quick adds none")
     run.add_argument("--seed", type=int, default=0)
     run.set_defaults(command=_run)
 

@@ -26,6 +26,7 @@ class Setting:
     threads: int = 1
     repetitions: int = 20
     seed: int = 0
+    seconds: float = 20.0  # rounds are added to a case for so long
     quick: bool = False
 
     @property

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 #: A sample lasts at least this long: shorter work is repeated within it and divided.
 MIN_SAMPLE_S = 2e-3
 MAX_REPEATS = 200
+MAX_ROUNDS = 200
 #: Work that takes longer than this is warmed up by one call.
 SLOW_S = 0.2
 
@@ -45,15 +46,17 @@ def interleaved(
     device: str = "cpu",
     seed: int = 0,
     give_up: float = float("inf"),
+    seconds: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """Time every step `repetitions` times, taking turns in an order that is drawn anew each round.
 
     Args:
         steps: what to time, by label.
-        repetitions: rounds.
+        repetitions: rounds, at the least.
         device: "cpu" or "cuda".
         seed: of the order.
         give_up: a step that takes this many times the fastest one's time leaves after three rounds.
+        seconds: rounds are added for so long, up to MAX_ROUNDS: what is short is noisy.
 
     Returns:
         For each label the raw samples of one call each, in seconds: `wall_s`, and `cpu_s`, the process's own time,
@@ -63,7 +66,10 @@ def interleaved(
     samples: dict[str, dict[str, Any]] = {label: {"calls": calls[label], "wall_s": [], "cpu_s": []} for label in steps}
     order, rng = list(steps), random.Random(seed)
     with _no_gc():
-        for done in range(repetitions):
+        start = time.perf_counter()
+        for done in range(MAX_ROUNDS):
+            if done >= repetitions and time.perf_counter() - start >= seconds:
+                break
             if done == 3:
                 times = {label: min(samples[label]["wall_s"]) for label in order}
                 order = [label for label in order if times[label] <= give_up * min(times.values())]

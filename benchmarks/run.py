@@ -71,7 +71,8 @@ def measured(case: Case, setting: Setting) -> dict[str, dict[str, Any]]:
         records: dict[str, dict[str, Any]] = {label: {} for label in working}
     else:
         steps = {label: work.step for label, work in working.items()}
-        records = interleaved(steps, case.rounds(setting), setting.device, setting.seed, case.give_up)
+        rounds = case.rounds(setting)
+        records = interleaved(steps, rounds, setting.device, setting.seed, case.give_up, setting.seconds)
     for label, work in working.items():
         records[label].update(work.facts)
         if case.memory:

@@ -35,7 +35,7 @@ def describe(results: Results) -> str:
     }[results.clock]
     return (
         f"{where}; {setting['threads']} thread(s), {setting['dtype']}. {packages}.\n"
-        f"Times are {clock}: medians of {setting['repetitions']} interleaved rounds; "
+        f"Times are {clock}: medians of at least {setting['repetitions']} interleaved rounds; "
         "a ratio is the median over the rounds of the ratio within a round, with its 20th and 80th percentile.\n"
     )
 

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from krontune.errors import ConfigError, ShapeError
 from krontune.kron import PATHS, KronShape, kron_delta_linear, kron_linear, resolve_shape
+from krontune.kron import paths as kron_paths
 from tests.kron.truth import FLOATS, assert_near, dense_sum, draw_terms, normal, relayout, seeds, shapes
 
 paths = st.sampled_from(("auto", *PATHS))
@@ -70,6 +71,21 @@ def test_gradients_of_every_path_are_those_of_the_dense_matrix(shape, K, T, path
     got = torch.autograd.grad(kron_delta_linear(x, *factors, weight, path=path), inputs, g)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [KronShape(7, 3, 2, 5), KronShape(3, 4, 6, 2), KronShape(1, 3, 8, 2)])
+@pytest.mark.parametrize("elements", [1, 100, 10**9])
+def test_merging_in_blocks_of_any_size(monkeypatch, shape, elements):
+    monkeypatch.setattr(kron_paths, "BLOCK_ELEMENTS", elements)
+    factors = delta_factors(shape)
+    x = normal(4, shape.n).requires_grad_()
+    weight = normal(shape.m, shape.n, seed=1)
+    inputs = (x, *factors[:2])
+    y = kron_delta_linear(x, *factors, weight, path="merged")
+    expected = kron_delta_linear(x, *factors, weight, path="b-first")
+    torch.testing.assert_close(y, expected)
+    grads = (torch.autograd.grad(out.square().sum(), inputs) for out in (y, expected))
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from krontune.errors import ConfigError, ShapeError
 from krontune.kron.autograd import cast_to, flat, plain_grads, to_compute, without_autocast
 from krontune.kron.cost import choose_path, prices_of
-from krontune.kron.paths import PATHS, Terms, apply_terms, merge_terms, merged_grads, terms_grads
+from krontune.kron.paths import PATHS, Terms, apply_terms, terms_grads
 from krontune.kron.product import kron_sum, sum_shape
 from krontune.kron.shapes import KronShape
 
@@ -175,13 +175,11 @@ def _fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, p
     """The same in fewer passes over memory: the weight's product is added into the sum's."""
     value, _ = _terms(factors, scale, path, x.dtype)
     W, b = cast_to(weight, x), cast_to(bias, x)
-    if path == "merged" and _folds(weight, x):
-        return F.linear(x, merge_terms(W, value), b)
-    rows = flat(x)
-    y = rows @ merge_terms(None, value).mT if path == "merged" else apply_terms(rows, value, path)
+    rows, fold = flat(x), path == "merged" and _folds(weight, x)
+    y = apply_terms(rows, value, path, W if fold else None)
     if b is not None:
         y += b
-    if W is not None:
+    if W is not None and not fold:
         y.addmm_(rows, W.mT)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -204,19 +202,14 @@ class _KronLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated in turn
                 return plain_grads(_plain, g, (x, weight, bias, ctx.scale, ctx.path, *factors), ctx.needs_input_grad)
             need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
-            wanted = (need_x, *need_factors[:2])
             value, trained = _terms(tuple(factors), ctx.scale, ctx.path, x.dtype)
             W, rows, g = cast_to(weight, x), flat(x), flat(g)
-            dW = g.mT @ rows if need_weight or (ctx.path == "merged" and any(wanted[1:])) else None
-            if ctx.path == "merged":
-                folded = _folds(weight, x)
-                gx = g @ merge_terms(W if folded else None, value) if need_x else None
-                W = None if folded else W
-                gA, gB = merged_grads(dW, trained, wanted[1:]) if dW is not None else (None, None)
-            else:
-                gx, gA, gB = terms_grads(rows, g, value, trained, ctx.path, wanted)
+            fold = ctx.path == "merged" and _folds(weight, x)
+            wanted = (need_x, *need_factors[:2])
+            gx, gA, gB = terms_grads(rows, g, value, trained, ctx.path, wanted, W if fold else None)
             if gx is not None:
-                gx = (gx if W is None else gx.addmm_(g, W)).view(x.shape)
+                gx = (gx if W is None or fold else gx.addmm_(g, W)).view(x.shape)
             gA = gA if gA is None else ctx.scale * gA
+            g_weight = g.mT @ rows if need_weight else None
             g_bias = g.sum(0) if need_bias else None
-        return (gx, dW if need_weight else None, g_bias, None, None, gA, gB, *(None for _ in factors[2:]))
+        return (gx, g_weight, g_bias, None, None, gA, gB, *(None for _ in factors[2:]))

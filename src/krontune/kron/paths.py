@@ -13,10 +13,15 @@ transposed copy ("b-fold", "a-fold"; good when c is small, as in the p-family). 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Elements of a block of rows on the path "merged". A new (4096, 4096) tensor costs more in page faults than in
+#: arithmetic; a block of this size comes from the heap again and again, and stays in the cache until it is used.
+BLOCK_ELEMENTS = 2**20
 
 PATHS = ("b-first", "a-first", "b-fold", "a-fold", "merged")
 
@@ -36,16 +41,24 @@ class Grads(NamedTuple):
     B: Tensor | None  # (k, m2, n2)
 
 
-def apply_terms(x: Tensor, terms: Terms, path: str) -> Tensor:
-    """x (T, n) times the sum's transpose, by a structured path: (T, m), contiguous."""
+def apply_terms(x: Tensor, terms: Terms, path: str, weight: Tensor | None = None) -> Tensor:
+    """x (T, n) times the sum's transpose: (T, m), contiguous. "merged" can add a weight (m, n) to the sum."""
+    if path == "merged":
+        return _merged_forward(x, terms, weight)
     forward = _b_forward if path.startswith("b") else _a_forward
     return forward(x, terms, path.endswith("fold"))
 
 
 def terms_grads(
-    x: Tensor, g: Tensor, value: Terms, trained: Terms, path: str, wanted: tuple[bool, bool, bool]
+    x: Tensor,
+    g: Tensor,
+    value: Terms,
+    trained: Terms,
+    path: str,
+    wanted: tuple[bool, bool, bool],
+    weight: Tensor | None = None,
 ) -> Grads:
-    """Gradients of y = x @ kron_sum(*value)^T, by a structured path.
+    """Gradients of y = x @ kron_sum(*value)^T, and of x through `weight` too, as in `apply_terms`.
 
     `trained` are the k terms that A and B stand for in the derivative: kron_sum(*value) = kron_sum(*trained) - const.
     On the b side the last k of value.A must be trained.A, on the a side the last k of value.B trained.B, so that their
@@ -56,6 +69,8 @@ def terms_grads(
         g: (T, m), the gradient of y.
         wanted: which of the gradients of x, A and B to compute.
     """
+    if path == "merged":
+        return _merged_backward(x, g, value, trained, weight, wanted)
     backward = _b_backward if path.startswith("b") else _a_backward
     return backward(x, g, value, trained, path.endswith("fold"), wanted)
 
@@ -142,32 +157,68 @@ def _columns(Z: Tensor) -> Tensor:
     return Z.mT.reshape(T * c, q)
 
 
-def merge_terms(weight: Tensor | None, terms: Terms) -> Tensor:
-    """weight + sum_k A_k (x) B_k as a new (m, n) matrix, block by block, without R(W) and its permuted copy.
+def _merged_forward(x: Tensor, terms: Terms, weight: Tensor | None) -> Tensor:
+    y = x.new_empty(len(x), terms.A.shape[1] * terms.B.shape[1])
+    for rows, block in _merged_blocks(weight, terms):
+        torch.mm(x, block.mT, out=y[:, rows])
+    return y
 
-    Block row i1 is, for each i2, the (n1, n2) product of A[:, i1, :]^T and B[:, i2, :]: it lies in memory as W does.
-    The loop runs over the smaller of m1 and m2. Not differentiable.
+
+def _merged_backward(
+    x: Tensor, g: Tensor, value: Terms, trained: Terms, weight: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> Grads:
+    gx = gA = gB = None
+    if wanted[0]:
+        for rows, block in _merged_blocks(weight, value):
+            gx = g[:, rows] @ block if gx is None else gx.addmm_(g[:, rows], block)
+    if wanted[1] or wanted[2]:
+        (k, m1, n1), (_, m2, n2) = trained.A.shape, trained.B.shape
+        B = trained.B.reshape(k, m2 * n2)
+        gA = torch.empty_like(trained.A)
+        for i1, rows in _row_blocks(m1, m2, n1 * n2, x):
+            dW = g[:, rows].mT @ x
+            R = dW.view(-1, m2, n1, n2).transpose(1, 2).reshape(-1, m2 * n2)  # R(dW), of these rows
+            gA[:, i1] = (B @ R.mT).view(k, -1, n1)
+            A = trained.A[:, i1].reshape(k, -1)
+            gB = A @ R if gB is None else gB.addmm_(A, R)
+    return Grads(gx, gA, gB if gB is None else gB.view_as(trained.B))
+
+
+def _merged_blocks(weight: Tensor | None, terms: Terms) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of weight + sum_k A_k (x) B_k, one after the other in one buffer: (rows, (len(rows), n)).
+
+    Within block row i1, row i2 is the (n1, n2) product of A[:, i1, :]^T and B[:, i2, :], which lies in memory as W
+    does: no R(W), and no permuted copy of it. Not differentiable.
     """
-    K, m1, n1 = terms.A.shape
-    _, m2, n2 = terms.B.shape
+    (K, m1, n1), (_, m2, n2) = terms.A.shape, terms.B.shape
     A, B = terms.A.permute(1, 2, 0).contiguous(), terms.B.transpose(0, 1).contiguous()  # (m1, n1, K), (m2, K, n2)
-    beta = 0 if weight is None else 1
-    merged = torch.empty(m1, m2, n1, n2, dtype=A.dtype, device=A.device)
-    blocks = merged if weight is None else weight.detach().reshape(m1, m2, n1, n2)
-    if m1 <= m2:
-        for i1 in range(m1):
-            torch.baddbmm(blocks[i1], A[i1].expand(m2, n1, K), B, beta=beta, out=merged[i1])
+    W = None if weight is None else weight.detach().reshape(m1, m2, n1, n2)
+    buffer = None
+    for i1, rows in _row_blocks(m1, m2, n1 * n2, A):
+        a, w = A[i1], None if W is None else W[i1]
+        if buffer is None:
+            buffer = A.new_empty(len(a), m2, n1, n2)
+        block = buffer[: len(a)]
+        if len(a) <= m2:
+            for i in range(len(a)):
+                _bmm_into(block[i], a[i].expand(m2, n1, K), B, None if w is None else w[i])
+        else:
+            for i2 in range(m2):
+                _bmm_into(block[:, i2], a, B[i2].expand(len(a), K, n2), None if w is None else w[:, i2])
+        yield rows, block.view(len(a) * m2, n1 * n2)
+
+
+def _bmm_into(out: Tensor, left: Tensor, right: Tensor, start: Tensor | None) -> None:
+    """out = start + left @ right, batch by batch."""
+    if start is None:
+        torch.bmm(left, right, out=out)
     else:
-        for i2 in range(m2):
-            merged[:, i2] = torch.baddbmm(blocks[:, i2], A, B[i2].expand(m1, K, n2), beta=beta)
-    return merged.view(m1 * m2, n1 * n2)
+        torch.baddbmm(start, left, right, out=out)
 
 
-def merged_grads(dW: Tensor, trained: Terms, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B from the gradient of the (m, n) matrix: gA = B_flat R(dW)^T, gB = A_flat R(dW)."""
-    k, m1, n1 = trained.A.shape
-    _, m2, n2 = trained.B.shape
-    R = dW.view(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
-    gA = (trained.B.flatten(1) @ R.mT).view(k, m1, n1) if wanted[0] else None
-    gB = (trained.A.flatten(1) @ R).view(k, m2, n2) if wanted[1] else None
-    return gA, gB
+def _row_blocks(m1: int, m2: int, n: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(i1, rows): ranges of i1, and of the rows of W that they are; all at once where memory is not paged in anew."""
+    step = m1 if like.device.type != "cpu" else max(1, BLOCK_ELEMENTS // (m2 * n))
+    for start in range(0, m1, step):
+        stop = min(start + step, m1)
+        yield slice(start, stop), slice(start * m2, stop * m2)
