@@ -108,4 +108,4 @@ def test_auto_takes_the_chosen_path(monkeypatch):
     monkeypatch.setattr(linear, "apply_terms", record)
     factors = [t for seed in (1, 0) for t in draw_terms(family_shape(48, 40, 4), 2, seed, torch.float32)]
     linear.kron_delta_linear(torch.ones(64, 40), *factors)
-    assert taken == [choose_path(64, family_shape(48, 40, 4), 4)]
+    assert taken == [choose_path(64, family_shape(48, 40, 4), 4, fold_weight=False)]

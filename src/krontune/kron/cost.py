@@ -134,7 +134,7 @@ def path_work(path: str, T: int, shape: KronShape, K: int, k: int, fold_weight: 
 
 def _merged_work(T: int, shape: KronShape, K: int, k: int, fold_weight: bool) -> Work:
     m1, n1, m2, n2 = shape
-    build = _bmm(m1 * m2, n1, n2, K) + Work(touched=shape.m * shape.n)
+    build = _gemm(m1 * n1, m2 * n2, K) + _copy(shape.m * shape.n)
     product = Work() if fold_weight else _gemm(T, shape.m, shape.n)
     if not k:
         return build + product

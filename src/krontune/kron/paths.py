@@ -187,33 +187,22 @@ def _merged_backward(
 def _merged_blocks(weight: Tensor | None, terms: Terms) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of weight + sum_k A_k (x) B_k, one after the other in one buffer: (rows, (len(rows), n)).
 
-    Within block row i1, row i2 is the (n1, n2) product of A[:, i1, :]^T and B[:, i2, :], which lies in memory as W
-    does: no R(W), and no permuted copy of it. Not differentiable.
+    A block is R^-1(A_flat^T B_flat) for its i1's: one product, and one permuted addition. Not differentiable.
     """
     (K, m1, n1), (_, m2, n2) = terms.A.shape, terms.B.shape
-    A, B = terms.A.permute(1, 2, 0).contiguous(), terms.B.transpose(0, 1).contiguous()  # (m1, n1, K), (m2, K, n2)
+    B = terms.B.reshape(K, m2 * n2)
     W = None if weight is None else weight.detach().reshape(m1, m2, n1, n2)
     buffer = None
-    for i1, rows in _row_blocks(m1, m2, n1 * n2, A):
-        a, w = A[i1], None if W is None else W[i1]
-        if buffer is None:
-            buffer = A.new_empty(len(a), m2, n1, n2)
-        block = buffer[: len(a)]
-        if len(a) <= m2:
-            for i in range(len(a)):
-                _bmm_into(block[i], a[i].expand(m2, n1, K), B, None if w is None else w[i])
+    for i1, rows in _row_blocks(m1, m2, n1 * n2, B):
+        R = terms.A[:, i1].reshape(K, -1).mT @ B
+        blocks = R.view(-1, n1, m2, n2).transpose(1, 2)  # (i1, i2, j1, j2)
+        buffer = torch.empty(blocks.shape, dtype=R.dtype, device=R.device) if buffer is None else buffer
+        block = buffer[: len(blocks)]
+        if W is None:
+            block.copy_(blocks)
         else:
-            for i2 in range(m2):
-                _bmm_into(block[:, i2], a, B[i2].expand(len(a), K, n2), None if w is None else w[:, i2])
-        yield rows, block.view(len(a) * m2, n1 * n2)
-
-
-def _bmm_into(out: Tensor, left: Tensor, right: Tensor, start: Tensor | None) -> None:
-    """out = start + left @ right, batch by batch."""
-    if start is None:
-        torch.bmm(left, right, out=out)
-    else:
-        torch.baddbmm(start, left, right, out=out)
+            torch.add(W[i1], blocks, out=block)
+        yield rows, block.view(-1, n1 * n2)
 
 
 def _row_blocks(m1: int, m2: int, n: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
