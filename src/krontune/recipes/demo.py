@@ -44,7 +44,7 @@ class Contender:
 
 
 # LoRA r=8 sets the size: LSR takes about a quarter of its parameters, SoKA no more than it has. Each learning rate is
-# the best of the same four tries for every method (docs/demo.md).
+# the best of three tries, the same number for every method (docs/demo.md).
 CONTENDERS = (
     Contender("LoRA", {"name": "lora", "r": 8, "lora_alpha": 16}, 2e-3),
     Contender("LSR", {"name": "lsr", "r": 16, "separation_rank": 8}, 8e-3),

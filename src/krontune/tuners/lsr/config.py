@@ -73,7 +73,7 @@ class LsrSpec:
 class LsrConfig(KronConfig):
     """LSR-Adapt: W' = W + alpha * B A, with A = sum_k A1_k (x) A2_k and B = sum_k B1_k (x) B2_k.
 
-    Equations 2 and 3 of arXiv:2502.13568. Takes the fields of KronConfig as well, which mean what they mean in
+    The adapter of arXiv:2502.13568. Takes the fields of KronConfig as well, which mean what they mean in
     LoraConfig. An LSR adapter is a LoRA of rank r with s * sum_i r_i * (n_i + m_i) parameters a module.
 
     Args:
@@ -83,9 +83,9 @@ class LsrConfig(KronConfig):
         factor_shapes: "auto" splits every dimension into balanced factors, largest first (768 into 32 x 24). A dict
             {size: factors} says otherwise for dimensions of that size, for r too: {768: (48, 16)}.
         init_weights: the start. True and "zero": A random, B zero, so that the update is exactly zero and the best
-            learning rate hardly moves with r and s. "paper": every factor ~ N(0, 0.01^2), as the authors do; the update
-            is tiny, not zero. "gradient": A from the top right singular vectors of the mean gradient; call
-            preprocess_gradient first. False: everything random, not the identity.
+            learning rate hardly moves with r and s. "paper": every factor ~ N(0, 0.01^2), the scale of the authors'
+            start; the update is tiny, not zero. "gradient": A from the top right singular vectors of the mean
+            gradient; call preprocess_gradient first. False: everything random, not the identity.
 
     Raises:
         ConfigError: a setting out of range.

@@ -66,7 +66,7 @@ class SokaSpec:
 class SokaConfig(KronConfig):
     """SoKA: W' = W + alpha * (sum_k A_k (x) B_k - sum_k A0_k (x) B0_k), A and B started at A0 and B0.
 
-    Equations 4 to 7 of arXiv:2506.15251, with the starting terms kept beside the weight in place of being subtracted
+    The update of arXiv:2506.15251, with the starting terms kept beside the weight in place of being subtracted
     from it: the base weight is never changed. Takes the fields of KronConfig as well. r * (m1*n1 + m2*n2) parameters a
     module; the frozen start, of the same size, is stored with the adapter.
 
@@ -75,7 +75,7 @@ class SokaConfig(KronConfig):
             if None. rank_pattern sets the same per module.
         rank_selection: how K is chosen for each module. "fixed": r. "energy": the least K whose terms hold
             energy_threshold of ||W||_F^2. "elbow": the elbow of the spectrum, where it has one. "spectrum": the smaller
-            of the two, the paper's rule. "budget": the terms that hold the most energy a parameter, over all modules,
+            of the two. "budget": the terms that hold the most energy a parameter, over all modules,
             with at most `budget` parameters in total. Where a rule finds nothing, K is r, and `resolved` says so.
         energy_threshold: theta, in (0, 1]; for "energy" and "spectrum".
         budget: trainable parameters in total; for "budget".
