@@ -78,7 +78,7 @@ def test_run_folder_of_each_method(method: dict[str, Any], run_config: MakeConfi
 
     fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder.adapter)
     ids = base.tokenizer("2 + 2 =", return_tensors="pt").input_ids
-    with torch.no_grad():  # with gradients the trained copy may take another path than the frozen one, and round otherwise
+    with torch.no_grad():  # with gradients the trained copy may take another path than the frozen one
         assert torch.equal(fresh.eval()(ids).logits, base.model.eval()(ids).logits)
 
 
