@@ -37,7 +37,7 @@ def plain_grads(
 
 def flat(x: Tensor) -> Tensor:
     """(..., n) -> (T, n), also where there are no rows."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def cast_to(tensor: Tensor | None, like: Tensor) -> Tensor | None:

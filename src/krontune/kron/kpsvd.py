@@ -30,7 +30,7 @@ class Kpsvd(NamedTuple):
 
 
 def nearest_kron(
-    W: Tensor, shape: KronShape, k: int, *, method: str = "auto", tol: float = 0.1, seed: int = 0
+    W: Tensor, shape: KronShape, k: int, *, method: str = "auto", tol: float = 0.03, seed: int = 0
 ) -> Kpsvd:
     """The nearest sum of k Kronecker products to W: the top k singular triples of R(W).
 

@@ -144,7 +144,7 @@ def _folds(weight: Tensor | None, x: Tensor) -> bool:
 def _terms(factors: tuple[Tensor, ...], scale: float, path: str, dtype: torch.dtype) -> tuple[Terms, Terms]:
     """(value, trained): the terms to multiply, and those that gradients are taken at, as `terms_grads` wants them."""
     if len(factors) == 2:
-        terms = Terms((scale * factors[0]).to(dtype), factors[1].to(dtype))
+        terms = Terms((factors[0] if scale == 1 else scale * factors[0]).to(dtype), factors[1].to(dtype))
         return terms, terms
     dA, dB, A0, B0 = factors
     A, B = A0 + dA, B0 + dB

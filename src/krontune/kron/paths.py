@@ -21,7 +21,7 @@ from torch import Tensor
 
 #: Elements of a block of rows on the path "merged". A new (4096, 4096) tensor costs more in page faults than in
 #: arithmetic; a block of this size comes from the heap again and again, and stays in the cache until it is used.
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**21
 
 PATHS = ("b-first", "a-first", "b-fold", "a-fold", "merged")
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from krontune.kron import kron_delta_linear, kron_embedding, kron_sum
+from krontune.kron import kron_delta_linear, kron_embedding, kron_linear, kron_sum
 from krontune.tuners import _peft
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.soka.config import SokaSpec
@@ -68,8 +68,16 @@ class SokaLayer(KronLayer, nn.Module):
 
     def delta_linear(self, x: Tensor, adapter: str, base: nn.Linear | None = None) -> Tensor:
         weight, bias = (None, None) if base is None else (base.weight, base.bias)
-        dA, dB, A0, B0 = self.factors(adapter)
-        return kron_delta_linear(x, dA, dB, A0, B0, weight, bias, self.scaling[adapter])
+        factors, scale = self.factors(adapter), self.scaling[adapter]
+        built = self.remembered(x, adapter)
+        if built is None:
+            return kron_delta_linear(x, *factors, weight, bias, scale)
+        A, B = built.get(factors, (scale, x.dtype), lambda: self._scaled_terms(adapter, x.dtype))
+        return kron_linear(x, A, B, weight, bias)
+
+    def _scaled_terms(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        A, B = self.kron_terms(adapter)
+        return (self.scaling[adapter] * A).to(dtype), B.to(dtype)
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         return self.scaling[adapter] * kron_embedding(ids, *self.kron_terms(adapter))
