@@ -144,6 +144,8 @@ def _show(plan: Plan, model: str, from_weights: bool) -> None:
 
 def _table(kinds: list[dict[str, Any]], title: str) -> Table:
     """One row a kind of module; its ranks may differ from layer to layer."""
+    from krontune.plan import human_count
+    from krontune.report.tables import human_bytes
     from krontune.report.words import layers_text, range_text, short_names
 
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -158,14 +160,14 @@ def _table(kinds: list[dict[str, Any]], title: str) -> Table:
             range_text([kind["r"] for kind in group]),
             *([str(group[0]["separation_rank"])] if group[0]["separation_rank"] else []),
             f"{sum(kind['n_params'] for kind in group):,}",
-            f"{sum(kind['macs_per_token'] for kind in group):,.0f}",
+            human_bytes(sum(kind["n_bytes"] for kind in group)),
+            human_count(sum(kind["macs_per_token"] for kind in group)),
         ]
         for name, group in groups.items()
     ]
     s = ["s"] if kinds[0]["separation_rank"] else []
-    return make_table(
-        ["module", "layers", "weight", "r", *s, "parameters", "MACs a token"], rows, title, text_columns=3
-    )
+    header = ["module", "layers", "weight", "r", *s, "parameters", "bytes", "MACs a token"]
+    return make_table(header, rows, title, text_columns=3)
 
 
 def _factors(kinds: list[dict[str, Any]]) -> Table:

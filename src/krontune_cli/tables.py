@@ -16,7 +16,8 @@ def make_table(
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "pad_edge": False}
+    table = Table(title=title, box=box.SIMPLE_HEAD, min_width=len(title or "") + 1, **style)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < text_columns else "right", no_wrap=True)
     for row in rows:

@@ -20,6 +20,7 @@ CONFIGS: dict[str, PeftConfig] = {
     "lsr-three-factors": LsrConfig(r=8, separation_rank=2, n_factors=3, target_modules=LINEAR),
     "soka": SokaConfig(r=2, target_modules=LINEAR, alpha=1.5),
     "soka-square": SokaConfig(r=3, target_modules=LINEAR, factor_shape="square"),
+    "soka-sorted": SokaConfig(r=2, target_modules=LINEAR, alpha=1.5, channel_sort="svd"),
     "lora": LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, rank_pattern={"down_proj": 2}),
     "lokr": LoKrConfig(r=4, alpha=6, target_modules=LINEAR),
     "lokr-whole": LoKrConfig(r=64, alpha=32, target_modules=LINEAR),

@@ -60,7 +60,7 @@ def test_lsr_factors_keep_their_bits(adapters: dict[str, Path], tmp_path: Path) 
     assert torch.equal(out[f"{name}.lora_B.weight"], CONFIGS["lsr"].alpha * B)
 
 
-@pytest.mark.parametrize("name", ["soka", "soka-square", "lokr", "lokr-whole"])
+@pytest.mark.parametrize("name", ["soka", "soka-square", "soka-sorted", "lokr", "lokr-whole"])
 def test_others_are_exported_within_the_error(name: str, base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     report = export_lora(open_adapter(adapters[name]), tmp_path / "lora", error=1e-4)
     assert max(m.error for m in report.modules) <= 1e-4
@@ -68,7 +68,7 @@ def test_others_are_exported_within_the_error(name: str, base: Path, adapters: d
     assert (got - wanted).norm() <= 1e-3 * wanted.norm()
 
 
-@pytest.mark.parametrize("name", ["soka", "soka-square", "lsr"])
+@pytest.mark.parametrize("name", ["soka", "soka-square", "soka-sorted", "lsr"])
 def test_a_rank_gives_the_best_lora_of_that_rank(name: str, adapters: dict[str, Path], tmp_path: Path) -> None:
     adapter = open_adapter(adapters[name])
     report = export_lora(adapter, tmp_path, rank=2)

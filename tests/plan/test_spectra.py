@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, LlamaConfig
 
 from krontune.errors import CheckpointError, ConfigError
-from krontune.kron import KronShape, rearrange
-from krontune.kron.sorting import channel_order
+from krontune.kron import KronShape, channel_order, rearrange
 from krontune.plan import find_targets, parse_shapes, soka_ranks, spectrum, spectrum_report
 from krontune.plan.spectra import Spectrum, read_matrix
 from krontune.weights import find_model, meta_model, open_weights
@@ -63,9 +62,11 @@ def test_channel_sort_finds_a_hidden_kronecker_product(tmp_path: Path) -> None:
     W = torch.kron(left, torch.ones(2, 16)) * torch.kron(right, torch.ones(16, 2))
     shuffled = W[torch.randperm(16)][:, torch.randperm(16)]
     for how in ("svd", "norm"):
-        rows, cols = channel_order(shuffled, how)
-        assert sorted(rows.tolist()) == list(range(16))
-        sigma = torch.linalg.svdvals(rearrange(shuffled[rows][:, cols], KronShape(8, 8, 2, 2)))
+        order = channel_order(shuffled, how)
+        assert sorted(order.rows.tolist()) == sorted(order.cols.tolist()) == list(range(16))
+        ordered = order.sort(shuffled)
+        assert torch.equal(order.unsort(ordered), shuffled)
+        sigma = torch.linalg.svdvals(rearrange(ordered, KronShape(8, 8, 2, 2)))
         assert sigma[0] ** 2 / shuffled.square().sum() == pytest.approx(1, abs=1e-5)
     assert torch.linalg.svdvals(rearrange(shuffled, KronShape(8, 8, 2, 2)))[0] ** 2 / shuffled.square().sum() < 0.99
 

@@ -31,6 +31,7 @@ VARIANTS: dict[str, Callable[..., Any]] = {
     "soka-p1": lambda **kw: SokaConfig(**{"r": 3, "factor_shape": 1, **kw}),
     "soka-square": lambda **kw: SokaConfig(**{"r": 3, "factor_shape": "square", **kw}),
     "soka-zero": lambda **kw: SokaConfig(**{"r": 3, "init_weights": "zero", **kw}),
+    "soka-sorted": lambda **kw: SokaConfig(**{"r": 3, "alpha": 1.5, "channel_sort": "norm", **kw}),
 }
 
 #: PEFT 0.20 lacks a few things that the tests of them skip.
@@ -113,7 +114,10 @@ def _soka_delta(stored: dict[str, Tensor]) -> Tensor:
     dA, dB, A0, B0 = (stored[name] for name in ("soka_dA", "soka_dB", "soka_A0", "soka_B0"))
     now = sum(torch.kron(a, b) for a, b in zip(A0 + dA, B0 + dB, strict=True))
     start = sum(torch.kron(a, b) for a, b in zip(A0, B0, strict=True))
-    return now - start
+    if "soka_rows" not in stored:
+        return now - start
+    rows, cols = (stored[name].long() for name in ("soka_rows", "soka_cols"))
+    return (now - start)[rows][:, cols.argsort()]
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:

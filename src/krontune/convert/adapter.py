@@ -15,6 +15,7 @@ from torch import Tensor
 from krontune.convert.lokr_factors import lokr_update
 from krontune.convert.updates import LoraUpdate, LsrUpdate, Update, soka_update
 from krontune.errors import CheckpointError, ConfigError
+from krontune.kron import ChannelOrder
 from krontune.tuners import LsrConfig, SokaConfig
 from krontune.tuners._peft import SAFETENSORS_WEIGHTS_NAME
 from krontune.tuners.base_model import pattern_value
@@ -70,7 +71,7 @@ class Adapter:
             ConfigError: the adapter uses something that is no plain update of the weight, such as DoRA.
         """
         path = self.path(name)
-        tensors = {tail: self.read(path + tail).float() for tail in self.modules[name]}
+        tensors = {tail: _as_float(self.read(path + tail)) for tail in self.modules[name]}
         reader = {"lsr": self._lsr, "soka": self._soka, "lora": self._lora, "lokr": self._lokr}[self.method]
         return reader(name, tensors)
 
@@ -111,7 +112,13 @@ class Adapter:
 
     def _soka(self, name: str, tensors: dict[str, Tensor]) -> Update:
         dA, dB, A0, B0 = (tensors[f".soka_{part}"] for part in ("dA", "dB", "A0", "B0"))
-        return soka_update(dA, dB, A0, B0, self._alpha(name))
+        order = [tensors[tail] for tail in (".soka_rows", ".soka_cols") if tail in tensors]
+        for index in order:
+            if not torch.equal(index.sort(-1).values, torch.arange(index.shape[-1]).int().expand_as(index)):
+                raise CheckpointError(
+                    f"{self.file}: the order of {name!r}'s channels is damaged: it is no permutation."
+                )
+        return soka_update(dA, dB, A0, B0, self._alpha(name), ChannelOrder(*order) if order else None)
 
     def _lora(self, name: str, tensors: dict[str, Tensor]) -> Update:
         scale = self._scale(name)
@@ -187,6 +194,11 @@ def _check_plain(config: LoraConfig, folder: Path) -> None:
         raise ConfigError(
             f"{folder} uses {', '.join(extras)}, which is more than a product B A. It cannot be converted."
         )
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    """Float32, but for what is no number to compute with."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _keys(file: Path) -> list[str]:

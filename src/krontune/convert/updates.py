@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from krontune.kron import condition_number, kron_sum, nearest_lowrank, separated_sum
+from krontune.kron import ChannelOrder, condition_number, kron_sum, nearest_lowrank, separated_sum
 from krontune.kron.product import delta_terms
 
 
@@ -95,25 +95,29 @@ class LsrUpdate:
 
 @dataclass(frozen=True)
 class KronUpdate:
-    """scale * sum_k A_k (x) B_k. SoKA's update, 2K terms, and LoKr's, one."""
+    """scale * sum_k A_k (x) B_k. SoKA's update, 2K terms, and LoKr's, one; SoKA's may have its channels sorted."""
 
     A: Tensor  # (K, m1, n1), or (experts, K, m1, n1)
     B: Tensor  # (K, m2, n2)
     scale: float
     n_params: int
     r: int  # what the method calls its rank
+    order: ChannelOrder | None = None
 
     @property
     def experts(self) -> int | None:
         return len(self.A) if self.A.dim() == 4 else None
 
     def dense(self) -> Tensor:
-        return self.scale * kron_sum(self.A, self.B)
+        W = self.scale * kron_sum(self.A, self.B)
+        return W if self.order is None else self.order.unsort(W)
 
     def lowrank(self, rank: int | None = None, error: float | None = None) -> LowRankPair:
         m, n = self.A.shape[-2] * self.B.shape[-2], self.A.shape[-1] * self.B.shape[-1]
-        whole = nearest_lowrank(self.scale * self.A, self.B, rank=min(m, n))
-        return _shorten(whole.U, whole.V, rank, error)
+        U, V = nearest_lowrank(self.scale * self.A, self.B, rank=min(m, n))[:2]
+        if self.order is not None:  # an order of rows and columns leaves the singular values alone
+            U, V = U[self.order.rows], V[:, self.order.cols.argsort()]
+        return _shorten(U, V, rank, error)
 
     def describe(self) -> dict[str, object]:
         return {"r": self.r, "factors": {"A": _shapes([self.A]), "B": _shapes([self.B])}}
@@ -145,10 +149,12 @@ class LoraUpdate:
         return {"r": self.A.shape[0], "factors": {"A": _shapes([self.A]), "B": _shapes([self.B])}}
 
 
-def soka_update(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor, scale: float) -> KronUpdate:
+def soka_update(
+    dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor, scale: float, order: ChannelOrder | None = None
+) -> KronUpdate:
     """SoKA's update as one Kronecker sum of 2K terms."""
     A, B = delta_terms(dA, dB, A0, B0)
-    return KronUpdate(A, B, scale, dA.numel() + dB.numel(), dA.shape[-3])
+    return KronUpdate(A, B, scale, dA.numel() + dB.numel(), dA.shape[-3], order)
 
 
 def truncate(B: Tensor, A: Tensor, rank: int | None, error: float | None) -> LowRankPair:

@@ -27,6 +27,9 @@ from krontune.kron.shapes import family_shape as family_shape
 from krontune.kron.shapes import resolve_shape as resolve_shape
 from krontune.kron.shapes import split_dim as split_dim
 from krontune.kron.shapes import square_shape as square_shape
+from krontune.kron.sorting import SORTS as SORTS
+from krontune.kron.sorting import ChannelOrder as ChannelOrder
+from krontune.kron.sorting import channel_order as channel_order
 from krontune.kron.spectrum import Elbow as Elbow
 from krontune.kron.spectrum import RankChoice as RankChoice
 from krontune.kron.spectrum import budget_ranks as budget_ranks

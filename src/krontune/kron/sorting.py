@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,22 +13,41 @@ SORTS = ("svd", "norm")
 _ITERATIONS = 30
 
 
-def channel_order(W: Tensor, how: str) -> tuple[Tensor, Tensor]:
-    """Permutations of the rows and columns of W that bring alike channels together.
+class ChannelOrder(NamedTuple):
+    """How the channels of a weight W stand in the sorted weight S, as a product with S wants to know it.
 
-    A Kronecker term repeats one block with a factor each; neighbouring channels that look alike make better blocks. The
-    sorted weight is W[rows][:, cols]. Deterministic for a weight.
+    S x, for an x in W's order, is then (S @ x[cols])[rows]: two gathers and no search.
+    """
+
+    rows: Tensor  # (..., m) int32: row i of W is row rows[i] of S
+    cols: Tensor  # (..., n) int32: column j of S is column cols[j] of W
+
+    def sort(self, W: Tensor) -> Tensor:
+        """W -> S, (..., m, n) each."""
+        return _gathered(W, self.rows.argsort(-1), self.cols)
+
+    def unsort(self, S: Tensor) -> Tensor:
+        """S -> W, bit for bit."""
+        return _gathered(S, self.rows, self.cols.argsort(-1))
+
+
+def channel_order(W: Tensor, how: str) -> ChannelOrder:
+    """The order of the rows and columns of W that brings alike channels together.
+
+    A Kronecker term repeats one block with a factor each; neighbouring channels that look alike make better blocks.
+    Deterministic for a weight.
 
     >>> W = torch.tensor([[1.0, 5.0], [3.0, 20.0]])
-    >>> [order.tolist() for order in channel_order(W, "norm")]
-    [[1, 0], [1, 0]]
+    >>> order = channel_order(W, "norm")
+    >>> order.sort(W).tolist(), order.unsort(order.sort(W)).tolist() == W.tolist()
+    ([[20.0, 3.0], [5.0, 1.0]], True)
 
     Args:
-        W: (m, n), any float dtype.
+        W: (m, n), or (experts, m, n) for an order each; any float dtype.
         how: "svd" orders channels by their entry in the leading singular vectors, "norm" by their norm, largest first.
 
     Returns:
-        rows (m,) and cols (n,), int64, on W's device.
+        The order, on W's device.
 
     Raises:
         ConfigError: an unknown order.
@@ -36,12 +57,22 @@ def channel_order(W: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """
     if how not in SORTS:
         raise ConfigError(f"channel order {how!r} is unknown; allowed: {', '.join(SORTS)}.")
-    if W.dim() != 2:
-        raise ShapeError(f"W is {tuple(W.shape)}; a matrix (m, n) is needed.")
+    if W.dim() not in (2, 3):
+        raise ShapeError(f"W is {tuple(W.shape)}; a matrix (m, n), or one for each expert, is needed.")
+    if W.dim() == 3:
+        orders = [channel_order(matrix, how) for matrix in W]
+        return ChannelOrder(*(torch.stack(same) for same in zip(*orders, strict=True)))
     with torch.no_grad():
         W = W.detach().float()
-        rows, cols = (W.norm(dim=1), W.norm(dim=0)) if how == "norm" else _leading_vectors(W)
-        return tuple(v.argsort(descending=True, stable=True) for v in (rows, cols))  # type: ignore[return-value]
+        keys = (W.norm(dim=1), W.norm(dim=0)) if how == "norm" else _leading_vectors(W)
+        rows, cols = (key.argsort(descending=True, stable=True) for key in keys)
+        return ChannelOrder(rows.argsort().int(), cols.int())
+
+
+def _gathered(W: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """W[rows][:, cols], for every matrix of a batch."""
+    W = torch.take_along_dim(W, rows.long()[..., :, None], -2)
+    return torch.take_along_dim(W, cols.long()[..., None, :], -1)
 
 
 def _leading_vectors(W: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from krontune.errors import CheckpointError, ConfigError, ShapeError
-from krontune.kron import FactorShape, KronShape, budget_ranks, nearest_kron, resolve_shape, select_rank
-from krontune.kron.sorting import channel_order
+from krontune.kron import FactorShape, KronShape, budget_ranks, channel_order, nearest_kron, resolve_shape, select_rank
 from krontune.kron.spectrum import ELBOW_ACCEPTED, RULES
 from krontune.plan.targets import Target
 from krontune.tuners.checkpoint import fingerprint
@@ -261,8 +260,7 @@ def _compute(W: Tensor, shape: KronShape, k: int, order: str | None, name: str) 
     energy, squares = 0.0, torch.zeros(0, dtype=torch.float64)
     for matrix in W if W.dim() == 3 else [W]:
         if order is not None:
-            rows, cols = channel_order(matrix, order)
-            matrix = matrix[rows][:, cols]
+            matrix = channel_order(matrix, order).sort(matrix)
         try:
             top = nearest_kron(matrix, shape, k)
         except ConfigError as error:

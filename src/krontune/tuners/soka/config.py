@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from krontune.errors import ConfigError
-from krontune.kron import FactorShape, KronShape, resolve_shape
+from krontune.kron import SORTS, FactorShape, KronShape, resolve_shape
 from krontune.tuners.base_config import KronConfig, check_choice, check_number, check_positive_int
 
 RULES = ("fixed", "energy", "elbow", "spectrum", "budget")
@@ -21,12 +21,14 @@ class SokaSpec:
         left: (m1, n1), the shape of each A_k.
         right: (m2, n2), the shape of each B_k.
         experts: number of matrices of a 3-D expert weight, each with terms of its own.
+        is_sorted: whether the terms are of the weight with its channels in another order, which is stored.
     """
 
     r: int
     left: tuple[int, int]
     right: tuple[int, int]
     experts: int | None = None
+    is_sorted: bool = False
 
     def __post_init__(self) -> None:
         check_positive_int("r", self.r)
@@ -51,10 +53,14 @@ class SokaSpec:
         return shape if self.experts is None else (self.experts, *shape)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name in the checkpoint: shape}: the trained soka_dA and soka_dB, the frozen soka_A0 and soka_B0."""
-        lead = (self.r,) if self.experts is None else (self.experts, self.r)
-        left, right = (*lead, *self.left), (*lead, *self.right)
-        return {"soka_dA": left, "soka_dB": right, "soka_A0": left, "soka_B0": right}
+        """{name in the checkpoint: shape}: the trained soka_dA and soka_dB, the frozen soka_A0 and soka_B0, and, where
+        the channels are sorted, a ChannelOrder's rows and cols.
+        """
+        experts = () if self.experts is None else (self.experts,)
+        left, right = (*experts, self.r, *self.left), (*experts, self.r, *self.right)
+        factors = {"soka_dA": left, "soka_dB": right, "soka_A0": left, "soka_B0": right}
+        orders = {"soka_rows": (*experts, self.shape.m), "soka_cols": (*experts, self.shape.n)}
+        return factors | orders if self.is_sorted else factors
 
     @property
     def n_params(self) -> int:
@@ -83,6 +89,10 @@ class SokaConfig(KronConfig):
         factor_shape: shape of the factors. "auto": the family of p = 4 (A is (m/p, p), B is (p, n/p)), or of the
             largest p below that divides both sizes. An int: the family of that p; 1 is a plain low rank. "square":
             near-square factors, the paper's. (m1, n1): A's shape, the same for every module.
+        channel_sort: None, or an order for the outputs and inputs of every weight before it is split into terms: "norm"
+            by their norm, "svd" by their entry in the leading singular vectors. Alike channels then stand together,
+            and the same terms hold more of the weight. The orders are stored with the adapter; the layer's own inputs
+            and outputs keep theirs.
         init_weights: the start. True and "principal": the KPSVD of the weight. "zero": A0 random, B0 = 0, as LoRA
             starts. "gradient": A0 from the mean gradient's KPSVD, B0 = 0; call preprocess_gradient first. The update
             is exactly zero in all of these. False: random, not the identity.
@@ -101,6 +111,7 @@ class SokaConfig(KronConfig):
     budget: int | None = field(default=None, metadata={"help": "Trainable parameters in total, for 'budget'."})
     min_r: int = field(default=1, metadata={"help": "The smallest rank that a rule may choose."})
     factor_shape: FactorShape = field(default="auto", metadata={"help": "'auto', 'square', an int p, or (m1, n1)."})
+    channel_sort: str | None = field(default=None, metadata={"help": "None, 'norm' or 'svd'."})
     init_weights: bool | str = field(
         default=True, metadata={"help": "True, 'principal', 'zero', 'gradient', or False for a random non-identity."}
     )
@@ -113,6 +124,7 @@ class SokaConfig(KronConfig):
         check_positive_int("min_r", self.min_r)
         check_positive_int("budget", self.budget, or_none=True)
         check_choice("rank_selection", self.rank_selection, RULES)
+        check_choice("channel_sort", self.channel_sort, (None, *SORTS))
         check_choice("init_weights", self.init_weights, (True, False, "principal", "zero", "gradient"))
         check_number("energy_threshold", self.energy_threshold)
         shape: Any = self.factor_shape
@@ -156,7 +168,8 @@ class SokaConfig(KronConfig):
     def spec_for(self, m: int, n: int, r: int | None = None, experts: int | None = None, name: str = "") -> SokaSpec:
         """What this config means for a weight of (m, n), or `experts` of them; K is clamped to what the shapes hold."""
         shape = resolve_shape(m, n, self.factor_shape, name)
-        return SokaSpec(min(r or self.max_r, shape.max_terms), (shape.m1, shape.n1), (shape.m2, shape.n2), experts)
+        rank, is_sorted = min(r or self.max_r, shape.max_terms), self.channel_sort is not None
+        return SokaSpec(rank, (shape.m1, shape.n1), (shape.m2, shape.n2), experts, is_sorted)
 
     def spec(self, name: str) -> SokaSpec:
         """The resolved sizes of a module."""

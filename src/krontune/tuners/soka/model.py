@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from krontune.errors import ConfigError
-from krontune.kron import Kpsvd, budget_ranks, nearest_kron, select_rank
+from krontune.kron import ChannelOrder, Kpsvd, budget_ranks, channel_order, nearest_kron, select_rank
 from krontune.tuners.base_layer import KronLayer
 from krontune.tuners.base_model import KronModel, Resolved, pattern_value
 from krontune.tuners.hosts import to_float_matrix
 from krontune.tuners.soka.config import SokaConfig, SokaSpec
 from krontune.tuners.soka.layer import ParamWrapper, SokaLayer, SokaStart
 from krontune.tuners.soka.start import soka_start
+
+
+class Seen(NamedTuple):
+    """What was computed from a weight and serves the start."""
+
+    order: ChannelOrder | None = None
+    kpsvds: list[Kpsvd] | None = None  # one, or one for each expert; of the weight in that order
 
 
 class SokaModel(KronModel):
@@ -32,14 +40,14 @@ class SokaModel(KronModel):
 
     def resolve(self, config: SokaConfig, layers: dict[str, KronLayer]) -> dict[str, Resolved]:
         specs = {name: self._largest(config, name, layer) for name, layer in layers.items()}
-        if config.rank_selection == "fixed" and config.init_weights not in (True, "principal"):
+        with_kpsvd = config.rank_selection != "fixed" or config.init_weights in (True, "principal")
+        if not with_kpsvd and config.channel_sort is None:
             return {name: Resolved(spec) for name, spec in specs.items()}
         progress = tqdm(layers.items(), desc="KPSVD of the weights", unit="weight", delay=2, leave=False)
-        spectra = {name: _kpsvds(layer, specs[name]) for name, layer in progress}
-        choices = self._choose(config, specs, spectra)
+        seen = {name: _look(layer, specs[name], config.channel_sort, with_kpsvd) for name, layer in progress}
+        choices = self._choose(config, specs, {name: s.kpsvds for name, s in seen.items()})
         return {
-            name: Resolved(_with_rank(specs[name], choices[name]["rank"]), choices[name], spectra[name])
-            for name in layers
+            name: Resolved(replace(specs[name], r=choices[name]["rank"]), choices[name], seen[name]) for name in layers
         }
 
     def _largest(self, config: SokaConfig, name: str, layer: KronLayer) -> SokaSpec:
@@ -102,15 +110,24 @@ class SokaModel(KronModel):
         self, config: SokaConfig, name: str, layer: KronLayer, resolved: Resolved, gradient: Tensor | None
     ) -> SokaStart:
         spec: SokaSpec = resolved.spec
-        kpsvds = resolved.computed or [None] * (spec.experts or 1)
+        order, found = resolved.computed or Seen()
+        if spec.is_sorted and order is None:
+            raise ConfigError(
+                f"channel_sort={config.channel_sort!r} looks at the weights, and {name} is on the meta device. Load "
+                "the model first, or leave channel_sort out."
+            )
+        if order is not None and gradient is not None:
+            gradient = order.sort(gradient)
+        kpsvds = found or [None] * (spec.experts or 1)
         if spec.experts is None:
-            return soka_start(spec, config.init_weights, kpsvds[0], gradient)
+            return soka_start(spec, config.init_weights, kpsvds[0], gradient)._replace(order=order)
         gradients = [None] * spec.experts if gradient is None else list(gradient)
         starts = [soka_start(spec, config.init_weights, k, g) for k, g in zip(kpsvds, gradients, strict=True)]
-        return SokaStart(*(torch.stack(same) for same in zip(*starts, strict=True)))
+        dA, dB, A0, B0 = (torch.stack(same) for same in list(zip(*starts, strict=True))[:4])
+        return SokaStart(dA, dB, A0, B0, order)
 
     def join(self, layer: SokaLayer, adapters: Sequence[str], weights: Sequence[float]) -> tuple[SokaSpec, SokaStart]:
-        """The terms side by side, each weight on the left factors: K adds up, the factor shapes must be equal."""
+        """The terms side by side, each weight on the left factors: K adds up; shapes and orders must be equal."""
         specs = [layer.specs[a] for a in adapters]
         first = specs[0]
         for adapter, spec in zip(adapters, specs, strict=True):
@@ -119,26 +136,35 @@ class SokaModel(KronModel):
                     f"add_weighted_adapter: {adapter!r} has {spec} and {adapters[0]!r} has {first}. Adapters can be "
                     "joined where their factor shapes agree."
                 )
+        order, *others = (layer.order(a) for a in adapters)
+        if not all(_same_order(order, other) for other in others):
+            raise ConfigError(
+                f"add_weighted_adapter: {list(adapters)} have their channels in different orders. Adapters of one base "
+                "with the same channel_sort can be joined."
+            )
         parts: list[list[Tensor]] = []
         for adapter, weight in zip(adapters, weights, strict=True):
-            dA, dB, A0, B0 = (f.detach().float() for f in layer.factors(adapter))
+            dA, dB, A0, B0 = (f.detach().float() for f in layer.factors(adapter)[:4])
             scale = weight * layer.scaling[adapter]
             parts.append([scale * dA, dB, scale * A0, B0])
-        joined = SokaSpec(sum(spec.r for spec in specs), first.left, first.right, first.experts)
-        return joined, SokaStart(*(torch.cat(same, -3) for same in zip(*parts, strict=True)))
+        dA, dB, A0, B0 = (torch.cat(same, -3) for same in zip(*parts, strict=True))
+        return replace(first, r=sum(spec.r for spec in specs)), SokaStart(dA, dB, A0, B0, order)
 
 
-def _with_rank(spec: SokaSpec, rank: int) -> SokaSpec:
-    return SokaSpec(rank, spec.left, spec.right, spec.experts)
-
-
-def _kpsvds(layer: KronLayer, spec: SokaSpec) -> list[Kpsvd] | None:
-    """The KPSVD of a layer's weight, one for each expert; None on the meta device, where there are no values."""
+def _look(layer: KronLayer, spec: SokaSpec, channel_sort: str | None, with_kpsvd: bool) -> Seen:
+    """The order of a layer's channels, and the KPSVD of its weight; nothing on the meta device, which has no values."""
     if layer.base_parameter.is_meta:
-        return None
-    W = to_float_matrix(layer)
+        return Seen()
+    W, order = to_float_matrix(layer), None
+    if channel_sort is not None:
+        order = channel_order(W, channel_sort)
+        W = order.sort(W)
     matrices: Any = [W] if spec.experts is None else W
-    return [nearest_kron(w, spec.shape, spec.r) for w in matrices]
+    return Seen(order, [nearest_kron(w, spec.shape, spec.r) for w in matrices] if with_kpsvd else None)
+
+
+def _same_order(a: ChannelOrder | None, b: ChannelOrder | None) -> bool:
+    return a is b if a is None or b is None else all(map(torch.equal, a, b))
 
 
 def _joint_spectrum(kpsvds: Sequence[Kpsvd]) -> Tensor:
