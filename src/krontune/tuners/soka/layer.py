@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from krontune.kron import ChannelOrder, kron_delta_linear, kron_embedding, kron_sum
+from krontune.kron import ChannelOrder, kron_delta_linear, kron_embedding, kron_linear, kron_sum
 from krontune.tuners import _peft
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.soka.config import SokaSpec
@@ -105,8 +105,17 @@ class SokaLayer(KronLayer, nn.Module):
     def _sum_linear(self, x: Tensor, adapter: str, base: nn.Linear | None = None) -> Tensor:
         """x @ S.T for the sum S of the terms, channels in the terms' own order."""
         weight, bias = (None, None) if base is None else (base.weight, base.bias)
-        dA, dB, A0, B0 = self.factors(adapter)[:4]
-        return kron_delta_linear(x, dA, dB, A0, B0, weight, bias, self.scaling[adapter])
+        factors, scale = self.factors(adapter)[:4], self.scaling[adapter]
+        built = self.remembered(x, adapter)
+        if built is None:
+            dA, dB, A0, B0 = factors
+            return kron_delta_linear(x, dA, dB, A0, B0, weight, bias, scale)
+        A, B = built.get(factors, (scale, x.dtype), lambda: self._scaled_terms(adapter, x.dtype))
+        return kron_linear(x, A, B, weight, bias)
+
+    def _scaled_terms(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        A, B = self.kron_terms(adapter)
+        return (self.scaling[adapter] * A).to(dtype), B.to(dtype)
 
     def delta_rows(self, ids: Tensor, adapter: str) -> Tensor:
         order = self.order(adapter)
