@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from krontune import CheckpointError, LsrConfig, SokaConfig
@@ -71,6 +72,21 @@ def test_truncated(tiny, folder, keep):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[: int(len(content) * keep)])
     assert_refused(tiny, folder, str(folder / WEIGHTS), "truncated or damaged")
+
+
+def test_truncated_where_another_library_opens_it_first(tiny, folder):
+    """transformers' load_adapter, and PEFT's over a name in use, never ask krontune: the error is safetensors' own."""
+    model, native = PeftModel.from_pretrained(tiny(), folder), tiny()
+    before = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+    with pytest.raises(SafetensorError, match="incomplete"):
+        model.load_adapter(folder, "default")
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    with pytest.raises(SafetensorError, match="incomplete"):
+        native.load_adapter(str(folder))
+    with pytest.raises(CheckpointError, match="never loaded"):  # half an adapter does not run
+        native(torch.tensor([[1, 2]]))
 
 
 def test_overwritten_with_something_else(tiny, folder):
