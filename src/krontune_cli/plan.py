@@ -43,6 +43,9 @@ def command(
     shape: Annotated[
         str, typer.Option("--p", metavar="P", help="SoKA's factor shape: a number p, auto, square, or MxN.")
     ] = "auto",
+    channel_sort: Annotated[
+        str | None, typer.Option(metavar="HOW", help="Sort the channels for SoKA: svd or norm.")
+    ] = None,
     train_norms: Annotated[bool, typer.Option("--train-norms", help="Train the normalisation layers too.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a step, for the costs.")] = 2048,
     config_only: Annotated[
@@ -70,7 +73,7 @@ def command(
         match = find_targets(opened.model, **settings)
         ranks = None
         if method == "soka" and budget is not None and rank is None and not config_only:
-            ranks = _ranks_from_weights(opened, match, budget, factor_shape)
+            ranks = _ranks_from_weights(opened, match, budget, factor_shape, channel_sort)
         made = plan(
             opened.model,
             method,
@@ -78,6 +81,7 @@ def command(
             r=rank,
             separation_rank=separation_rank,
             factor_shape=factor_shape,
+            channel_sort=channel_sort,
             tokens=tokens,
             name=model,
             ranks=ranks,
@@ -93,7 +97,9 @@ def command(
                 console().print(f"wrote {written}")
 
 
-def _ranks_from_weights(opened: Opened, match: Match, budget: str, factor_shape: Any) -> list[int] | None:
+def _ranks_from_weights(
+    opened: Opened, match: Match, budget: str, factor_shape: Any, channel_sort: str | None
+) -> list[int] | None:
     """SoKA's ranks from the spectra, where the weights are at hand."""
     from krontune.plan import parse_amount, soka_ranks
     from krontune.weights import has_weights, open_weights
@@ -109,6 +115,7 @@ def _ranks_from_weights(opened: Opened, match: Match, budget: str, factor_shape:
         match.targets,
         total,
         factor_shape,
+        channel_sort=channel_sort,
         progress=bar("spectra"),
     )
 

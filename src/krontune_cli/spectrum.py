@@ -97,7 +97,7 @@ def _compute(
 
 
 def _show(report: dict[str, Any], folder: Path) -> None:
-    from krontune.report.spectrum import introduction, kind_table
+    from krontune.report.spectrum import introduction, kind_table, sort_table
 
     header, rows, numeric = kind_table(report)
     kept = [i for i, name in enumerate(header) if name != "factors"]
@@ -107,6 +107,9 @@ def _show(report: dict[str, Any], folder: Path) -> None:
     out.print(
         make_table([header[i].replace(" ", "\n", 1) for i in kept], cells, f"KPSVD spectra of {report['model']}", texts)
     )
+    if report["channel_sort"]:
+        titles, gains, _ = sort_table(report)
+        out.print(make_table(titles, gains, f"Channels sorted: {report['channel_sort']}"))
     out.print(introduction(report), soft_wrap=True)
     out.print(
         f"{folder}/report.html  the pictures\n{folder}/spectrum.json  everything\n{folder}/spectra.jsonl  the cache"

@@ -26,14 +26,14 @@ def make_table(
 
 
 def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A progress bar on standard error, gone when it is done; wraps a list."""
+    """A progress bar on standard error, gone when it is done; nothing where that is no terminal. Wraps a list."""
 
     def wrap(items: Iterable[Any]) -> Iterable[Any]:
         from rich.progress import track
 
         from krontune_cli.terminal import console
 
-        listed = list(items)
-        return track(listed, label, console=console(stderr=True), total=len(listed), transient=True)
+        listed, screen = list(items), console(stderr=True)
+        return track(listed, label, console=screen, transient=True) if screen.is_terminal else listed
 
     return wrap

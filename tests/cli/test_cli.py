@@ -14,7 +14,10 @@ from krontune_cli.app import app
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 HEAVY = ("torch", "peft", "transformers", "trl", "datasets", "accelerate", "matplotlib", "krontune")
-COMMANDS = [[], ["train"], ["demo"]]
+COMMANDS = [
+    [],
+    *([name] for name in ("train", "demo", "compare", "plan", "spectrum", "export", "merge", "compress", "info")),
+]
 
 runner = CliRunner()
 

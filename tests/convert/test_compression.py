@@ -149,7 +149,7 @@ def test_nothing_is_left_half_written(
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("krontune.convert.compression.save_file", disk_full)
+    monkeypatch.setattr("krontune.convert.output.save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         compress(adapters["lora"], tmp_path / "out", separation_rank=1, curve=False)
     assert list(tmp_path.iterdir()) == []

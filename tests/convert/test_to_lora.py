@@ -188,7 +188,7 @@ def test_nothing_is_left_half_written(
         Path(path).write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr("krontune.convert.to_lora.save_file", save_half)
+    monkeypatch.setattr("krontune.convert.output.save_file", save_half)
     with pytest.raises(type(failure)):
         export_lora(open_adapter(adapters["lsr"]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

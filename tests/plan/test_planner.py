@@ -46,6 +46,15 @@ def test_llama_7b_stays_within_2_percent_of_the_budget(method: str, targets: str
     assert trainable(meta_model(LLAMA_7B), made.config) == made.n_params
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", ["0.3M", "1M"])
+def test_roberta_stays_within_2_percent_of_the_budget(method: str, budget: str) -> None:
+    made = plan(meta_model(ROBERTA), method, budget)
+    assert made.budget is not None
+    assert 0.98 * made.budget <= made.n_params <= made.budget
+    assert trainable(meta_model(ROBERTA), made.config) == made.n_params
+
+
 @pytest.mark.parametrize("method", ["lsr", "soka"])
 def test_the_count_includes_a_classification_head_and_norms(method: str) -> None:
     made = plan(meta_model(ROBERTA, "SEQ_CLS"), method, "0.3M", task_type="SEQ_CLS", train_norms=True)
@@ -63,12 +72,12 @@ def test_golden_ranks() -> None:
 
 
 def test_bytes_are_those_of_the_saved_file(tmp_path) -> None:
-    for method in METHODS:
+    for method, sort in (*((method, None) for method in METHODS), ("soka", "norm")):
         model = meta_model(TINY).to_empty(device="cpu")
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        made = plan(model, method, "4k", target_modules="all-linear")
+        made = plan(model, method, "4k", channel_sort=sort, target_modules="all-linear")
         get_peft_model(model, made.config).save_pretrained(tmp_path / method)
         size = (tmp_path / method / "adapter_model.safetensors").stat().st_size
         header = int.from_bytes((tmp_path / method / "adapter_model.safetensors").read_bytes()[:8], "little") + 8

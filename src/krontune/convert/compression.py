@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from krontune.amounts import parse_amount
 from krontune.convert.adapter import PREFIX, Adapter, open_adapter
-from krontune.convert.output import check_output, output_folder
+from krontune.convert.output import check_output, output_folder, save_tensors
 from krontune.convert.separate import Separated, separate, terms_for_exact
 from krontune.convert.to_lora import anchored, product_norm
 from krontune.convert.updates import LowRankPair
@@ -128,7 +127,7 @@ def compress(
     exact = max(terms_for_exact(_sizes(spec)) for spec in specs.values())
     with output_folder(out, force, [opened.folder]) as folder:
         tensors = _tensors(opened, found)
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
         _config(opened, specs, s).save_pretrained(str(folder))
     n_params = sum(spec.n_params for spec in specs.values()) * s
     n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def info(path: str | Path, base: str | None = None) -> dict[str, Any]:
         "path": str(path),
         "method": adapter.method,
         "base": config.base_model_name_or_path,
+        "base_fingerprint": _fingerprint(modules),
         "base_storage": sorted({m["base"]["storage"] for m in modules if m["base"]}),
         "task_type": getattr(task, "value", task),
         "n_modules": len(modules),
@@ -71,10 +74,19 @@ def _module(adapter: Adapter, name: str) -> dict[str, Any]:
     }
 
 
+def _fingerprint(modules: list[dict[str, Any]]) -> str | None:
+    """One for all adapted base weights: adapters of the same weights of one base have the same."""
+    digests = {m["name"]: (m["base"] or {}).get("digest") for m in modules}
+    if None in digests.values():
+        return None
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _settings(config: Any) -> dict[str, Any]:
     """The settings that a person would have written."""
     names = ["r", "separation_rank", "alpha", "lora_alpha", "factor_shape", "factor_shapes", "init_weights"]
-    names += ["rank_selection", "budget", "use_rslora", "decompose_factor", "train_norms", "bias", "modules_to_save"]
+    names += ["channel_sort", "rank_selection", "budget", "use_rslora", "decompose_factor", "train_norms", "bias"]
+    names += ["modules_to_save"]
     empty: tuple[Any, ...] = (None, False, "none", {}, [])
     return {name: getattr(config, name) for name in names if getattr(config, name, None) not in empty}
 

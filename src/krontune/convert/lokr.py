@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoKrConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from krontune.convert.adapter import PREFIX, Adapter
-from krontune.convert.output import check_output, output_folder
+from krontune.convert.output import check_output, output_folder, save_tensors
 from krontune.convert.results import Export, ModuleExport
 from krontune.convert.updates import KronUpdate, Update
 from krontune.errors import CheckpointError, ConfigError
@@ -251,7 +250,7 @@ def _write(
         tensors = tensors | {PREFIX + key: adapter.read(key) for key in adapter.others}
     with output_folder(out, force, [adapter.folder]) as folder:
         name = SAFETENSORS_WEIGHTS_NAME if config is not None else "lokr.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_tensors(tensors, folder / name)
         if config is not None:
             config.save_pretrained(str(folder))
     n_params = sum(t.numel() for key, t in tensors.items() if _MARK in key or ".soka_d" in key)

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from krontune.convert.adapter import Adapter, open_adapter
 from krontune.convert.base import Base, Place, open_base
 from krontune.convert.checking import LogitsCheck, check_logits
 from krontune.convert.gguf_file import check_gguf, write_gguf
-from krontune.convert.output import check_output, output_folder
+from krontune.convert.output import check_output, output_folder, save_tensors
 from krontune.errors import CheckpointError, ConfigError
 from krontune.tuners.checkpoint import check_base, fingerprint
 from krontune.weights import Source, local_folder
@@ -176,7 +175,7 @@ def _write_weights(
             if name in updated:
                 tensor = _merged(tensor, adapter, updated[name], places[updated[name]])
             tensors[name] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file)
     if len(shards) > 1:
         size = sum((folder / file).stat().st_size for file in shards)
         index = {name: file for file, names in shards.items() for name in names}

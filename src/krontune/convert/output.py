@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from krontune.errors import ConfigError
 from krontune.report.files import whole_folder
@@ -28,6 +32,18 @@ def output_folder(out: str | Path, force: bool, inputs: Sequence[str | Path] = (
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file as PEFT and transformers expect it.
+
+    Raises:
+        OSError: the disk is full, say; safetensors' own error is no OSError.
+    """
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file.name}: {error}") from None
 
 
 def _umask() -> int:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
 from krontune.convert.adapter import PREFIX, Adapter
-from krontune.convert.output import check_output, output_folder
+from krontune.convert.output import check_output, output_folder, save_tensors
 from krontune.convert.results import Export, ModuleExport
 from krontune.convert.updates import LowRankPair
 from krontune.errors import ConfigError
@@ -80,7 +79,7 @@ def export_lora(
     padded = _vllm_rank(max(pair.rank for pair in pairs.values())) if vllm_rank else None
     tensors, config = lora_tensors(adapter, pairs, padded), lora_config(adapter, pairs, padded)
     with output_folder(out, force, [adapter.folder]) as folder:
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
         config.save_pretrained(str(folder))
     n_params = sum(t.numel() for key, t in tensors.items() if ".lora_" in key)
     n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -50,8 +50,10 @@ class ModulePlan:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the tensors in the file, float32."""
-        return FLOAT_BYTES * (self.n_params + self.n_frozen)
+        """Bytes of the tensors in the file: float32, and the int32 orders of sorted channels."""
+        is_sorted = isinstance(self.spec, SokaSpec) and self.spec.is_sorted
+        orders = (self.target.m + self.target.n) * (self.target.experts or 1) if is_sorted else 0
+        return FLOAT_BYTES * (self.n_params + self.n_frozen + orders)
 
     def macs(self, tokens: int) -> float:
         """Multiply-adds a token in a forward over `tokens` tokens; every expert is counted as one that is used."""

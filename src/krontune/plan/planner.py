@@ -123,6 +123,7 @@ def plan(
     r: int | None = None,
     separation_rank: int | None = None,
     factor_shape: FactorShape = "auto",
+    channel_sort: str | None = None,
     tokens: int = 2048,
     name: str | None = None,
     ranks: Sequence[int] | None = None,
@@ -141,6 +142,7 @@ def plan(
         r: a rank to keep: LSR's and LoRA's rank, SoKA's number of terms.
         separation_rank: LSR's s to keep.
         factor_shape: SoKA's; an int is p.
+        channel_sort: SoKA's.
         tokens: tokens a step, for the costs.
         name: base_model_name_or_path of the config.
         ranks: SoKA's number of terms for each module, where something better than shapes chose them.
@@ -170,11 +172,15 @@ def plan(
         raise ConfigError(f"separation_rank is LSR's; method {method!r} has none.")
     if factor_shape != "auto" and method != "soka":
         raise ConfigError(f"factor_shape (p) is SoKA's; method {method!r} has none.")
+    if channel_sort is not None and method != "soka":
+        raise ConfigError(f"channel_sort is SoKA's; method {method!r} has none.")
     common = {**matching, "base_model_name_or_path": name}
     if method == "lsr":
         config, modules = _plan_lsr(targets, limit, r, separation_rank, common)
     elif method == "soka":
-        config, modules = _plan_soka(targets, limit, r, factor_shape, ranks, common)
+        config, modules = _plan_soka(
+            targets, limit, r, ranks, {**common, "factor_shape": factor_shape, "channel_sort": channel_sort}
+        )
     else:
         config, modules = _plan_lora(targets, limit, r, common)
     notes = _notes(modules, limit)
@@ -204,11 +210,10 @@ def _plan_soka(
     targets: list[Target],
     budget: int | None,
     r: int | None,
-    factor_shape: FactorShape,
     ranks: Sequence[int] | None,
-    common: dict[str, Any],
+    settings: dict[str, Any],
 ) -> tuple[PeftConfig, list[ModulePlan]]:
-    shapes = SokaConfig(r=1, factor_shape=factor_shape)
+    shapes = SokaConfig(r=1, factor_shape=settings["factor_shape"], channel_sort=settings["channel_sort"])
     units = [shapes.spec_for(t.m, t.n, 1, t.experts, t.name) for t in targets]
     if ranks is None:
         caps = [unit.shape.max_terms for unit in units]
@@ -218,7 +223,7 @@ def _plan_soka(
             ranks = even_ranks([unit.n_params for unit in units], budget, caps)
     common_rank = _most_common(ranks)
     pattern = rank_pattern(targets, ranks, common_rank)
-    config = SokaConfig(r=common_rank, factor_shape=factor_shape, rank_pattern=pattern, **common)
+    config = SokaConfig(r=common_rank, rank_pattern=pattern, **settings)
     return config, [ModulePlan(t, shapes.spec_for(t.m, t.n, k, t.experts, t.name)) for t, k in zip(targets, ranks)]
 
 
@@ -315,6 +320,7 @@ def soka_ranks(
     budget: int,
     factor_shape: FactorShape = "auto",
     *,
+    channel_sort: str | None = None,
     cache: str | Path | None = None,
     progress: Callable[[Iterable[Target]], Iterable[Target]] = iter,
 ) -> list[int]:
@@ -325,7 +331,7 @@ def soka_ranks(
     Args:
         weights, model, targets: as `spectrum` takes them.
         budget: parameters in all.
-        factor_shape: SoKA's.
+        factor_shape, channel_sort: SoKA's.
         cache, progress: as `spectrum` takes them.
 
     Raises:
@@ -336,5 +342,7 @@ def soka_ranks(
     if budget < sum(units):
         raise ConfigError(too_small(budget, sum(units), len(units)))
     k = min(MAX_TERMS, max(32, 8 * budget // sum(units)))
-    found = spectrum(weights, model, targets, [factor_shape], k, cache=cache, progress=progress)
+    settings: dict[str, Any] = {"channel_sort": channel_sort, "cache": cache, "progress": progress}
+    every = spectrum(weights, model, targets, [factor_shape], k, **settings)
+    found = [s for s in every if s.channel_sort == channel_sort]
     return budget_ranks([torch.tensor(s.sigma) for s in found], [s.energy for s in found], units, budget)

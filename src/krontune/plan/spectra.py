@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from krontune.errors import CheckpointError, ConfigError, ShapeError
-from krontune.kron import FactorShape, KronShape, budget_ranks, channel_order, nearest_kron, resolve_shape, select_rank
+from krontune.kron import (
+    SORTS,
+    FactorShape,
+    KronShape,
+    budget_ranks,
+    channel_order,
+    nearest_kron,
+    resolve_shape,
+    select_rank,
+)
 from krontune.kron.spectrum import ELBOW_ACCEPTED, RULES
 from krontune.plan.targets import Target
 from krontune.tuners.checkpoint import fingerprint
@@ -124,6 +133,11 @@ def spectrum_report(
         units, energies = [spectra[i].n_params for i in chosen], [spectra[i].energy for i in chosen]
         for i, rank in zip(chosen, budget_ranks(tops, energies, units, budget)):
             layers[i].update(rank=rank, reason=f"{spectra[i].share(rank):.1%} of the energy, within the budget")
+    unsorted = {(s.name, s.label): s for s in spectra if s.channel_sort is None}
+    for layer, s in zip(layers, spectra):
+        if s.channel_sort is not None:
+            plain = unsorted[s.name, s.label]
+            layer["gain_at"] = {str(k): s.share(k) - plain.share(k) for k in ENERGY_AT if k <= len(s.sigma)}
     settings = {"rule": rule, "theta": theta, "k_max": k_max, "budget": budget}
     settings["terms"] = max((len(s.sigma) for s in spectra), default=0)
     labels = list(dict.fromkeys(s.label for s in spectra))
@@ -197,6 +211,8 @@ def spectrum(
     """
     if k < 1:
         raise ConfigError(f"k is {k}; at least 1 term is needed.")
+    if channel_sort not in (None, *SORTS):
+        raise ConfigError(f"channel_sort {channel_sort!r} is unknown; allowed: {', '.join(SORTS)}.")
     done = _Cache(None if cache is None else Path(cache))
     orders = [None] if channel_sort is None else [None, channel_sort]
     found = []

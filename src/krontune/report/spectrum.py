@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from .html import heading, paragraph, table, write_page
 from .plots import COLORS
@@ -68,6 +68,7 @@ def write_spectrum_page(path: Path, report: dict[str, Any], model: str) -> None:
             paragraph(
                 f"The share of the energy that {AT} terms hold, before and after sorting the channels, by layer."
             ),
+            table(*sort_table(report)),
             _picture(_draw_sorting, report, "Energy of 8 terms before and after sorting, one panel a kind of module"),
         ]
     write_page(path, f"Spectra of {model}", sections)
@@ -97,9 +98,6 @@ def kind_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]], list
     header = ["module", "factors", f"energy at {AT}", "energy rank", "elbow (strength)", "above noise", "rank"]
     rows, groups = [], _by_kind(main_layers(report))
     names = short_names(groups)
-    sorted_share = {} if not report["channel_sort"] else _sorted_shares(report)
-    if sorted_share:
-        header.insert(3, f"sorted, at {AT}")
     for kind, layers in groups.items():
         m1, n1, m2, n2 = layers[0]["shape"]
         row = [
@@ -111,10 +109,22 @@ def kind_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]], list
             range_text([layer["above_noise"] for layer in layers]),
             range_text([layer["rank"] for layer in layers]),
         ]
-        if sorted_share:
-            row.insert(3, f"{statistics.mean(sorted_share[layer['name']] for layer in layers):.1%}")
         rows.append(row)
     return header, rows, [False, False, *[True] * (len(header) - 2)]
+
+
+def sort_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]], list[bool]]:
+    """What sorting the channels gains, for the first factor shape: header, rows and which columns are numbers."""
+    after, rows = _sorted_shares(report), []
+    groups = _by_kind(main_layers(report))
+    names = short_names(groups)
+    for kind, layers in groups.items():
+        before = [share(layer, AT) for layer in layers]
+        gains = [100 * (after[layer["name"]] - b) for layer, b in zip(layers, before, strict=True)]
+        mean = statistics.mean(after[layer["name"]] for layer in layers)
+        each = f"{min(gains):+.1f} to {max(gains):+.1f}"
+        rows.append([names[kind], f"{statistics.mean(before):.1%}", f"{mean:.1%}", each])
+    return ["module", f"energy at {AT}", "sorted", "gain by layer, points"], rows, [False, True, True, True]
 
 
 def share(layer: Layer, k: int) -> float:
@@ -176,7 +186,7 @@ def _draw_spectra(figure: Figure, main: list[Layer]) -> None:
         axes.axhline(edge, color="#555555", linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
     _panels(figure, main, draw, "term k", "sigma_k / ||W||")
 

@@ -65,11 +65,11 @@ def by_kind(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, lis
 
 
 def error_text(error: float) -> str:
-    """A relative error for people.
+    """A relative error for people; what is below the rounding of float32 is said to be so.
 
-    >>> error_text(0), error_text(0.1234), error_text(2e-6)
-    ('0', '12.3%', '2e-06')
+    >>> error_text(0), error_text(0.1234), error_text(2e-6), error_text(1e-15)
+    ('0', '12.3%', '2e-06', '<1e-07')
     """
-    if error == 0:
-        return "0"
+    if error < 1e-7:
+        return "<1e-07" if error else "0"
     return f"{error:.1%}" if error >= 1e-3 else f"{error:.0e}"
