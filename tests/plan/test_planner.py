@@ -96,6 +96,23 @@ def test_saved_config_is_used_as_it_is(tmp_path) -> None:
     assert json.loads(file.read_text()) == config_dict(made.config)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_config_is_used_by_train(method: str, tmp_path) -> None:
+    from krontune.recipes import RunConfig
+    from krontune.recipes.methods import peft_config
+
+    made = plan(meta_model(TINY), method, "3k", target_modules=["q_proj", "v_proj"])
+    run = {"model": "m", "data": "d.jsonl", "output": "o", "method": str(made.save(tmp_path))}
+    config = RunConfig.from_mapping(run)
+    assert config.method.name == method
+    assert RunConfig.from_mapping(config.to_mapping()) == config
+    assert trainable(meta_model(TINY), peft_config(config.method)) == made.n_params
+    changed = RunConfig.from_mapping({**run, "method": {"name": run["method"], "r": 3}})
+    assert changed.method.settings == {**config.method.settings, "r": 3}
+    with pytest.raises(ConfigError, match=r"nowhere\.json is no adapter config"):
+        RunConfig.from_mapping({**run, "method": "nowhere.json"})
+
+
 def test_planning_leaves_the_model_as_it_was() -> None:
     model = meta_model(TINY)
     before = {name: (p.shape, p.requires_grad) for name, p in model.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from .yaml_files import dump_yaml, parse_yaml, read_yaml
 
 # `model: X` stands for `model: {path: X}`, and so on.
 SHORT_FORMS = {"model": "path", "data": "train", "method": "name"}
+# Fields of every PeftConfig that say what the file is; the run decides them, not its author.
+NOT_SETTINGS = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
+NOT_SETTINGS |= {"format_version", "resolved", "revision", "runtime_config", "saved_tensors"}
 
 
 class _Section(BaseModel):
@@ -47,10 +51,22 @@ class DataSettings(_Section):
 
 
 class MethodSettings(BaseModel):
-    """The PEFT method by its name, and the settings of that method's own config class."""
+    """The PEFT method by its name, and the settings of that method's own config class.
+
+    A name that ends in .json is an adapter_config.json, such as `krontune plan --out` writes; other settings go before.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, raw: Any) -> Any:
+        file = raw.get("name") if isinstance(raw, dict) else None
+        if not isinstance(file, str) or not file.endswith(".json"):
+            return raw
+        stored = _read_method(Path(file))
+        return {**stored, **raw, "name": stored["name"]}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -117,6 +133,17 @@ class RunConfig(_Section):
     def to_yaml(self) -> str:
         """The config as YAML, defaults included."""
         return dump_yaml(self.to_mapping())
+
+
+def _read_method(file: Path) -> dict[str, Any]:
+    """The method and its settings from an adapter_config.json."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        name = str(stored["peft_type"]).lower()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no adapter config: {error!r}") from None
+    settings = {key: value for key, value in stored.items() if key not in NOT_SETTINGS and value is not None}
+    return {"name": name, **settings}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

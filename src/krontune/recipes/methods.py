@@ -12,11 +12,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from krontune.errors import ConfigError
 
-from .config import MethodSettings, reason, suggest
-
-# Fields of every PeftConfig that say what the file is; the run decides them, not its author.
-NOT_SETTINGS = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
-NOT_SETTINGS |= {"format_version", "resolved", "revision", "runtime_config", "saved_tensors"}
+from .config import NOT_SETTINGS, MethodSettings, reason, suggest
 
 
 def method_names() -> list[str]:
