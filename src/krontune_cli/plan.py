@@ -173,7 +173,7 @@ def _table(kinds: list[dict[str, Any]], title: str) -> Table:
         for name, group in groups.items()
     ]
     s = ["s"] if kinds[0]["separation_rank"] else []
-    header = ["module", "layers", "weight", "r", *s, "parameters", "bytes", "MACs a token"]
+    header = ["module", "layers", "weight", "r", *s, "parameters", "bytes", "MACs\na token"]
     return make_table(header, rows, title, text_columns=3)
 
 
