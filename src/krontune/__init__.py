@@ -13,5 +13,6 @@ from krontune.tuners import LsrModel as LsrModel
 from krontune.tuners import SokaConfig as SokaConfig
 from krontune.tuners import SokaModel as SokaModel
 from krontune.tuners import preprocess_gradient as preprocess_gradient
+from krontune.tuners import spread_over_ranks as spread_over_ranks
 
 __version__ = "0.1.0"

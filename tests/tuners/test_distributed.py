@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from krontune import SokaConfig
 from tests.tuners.conftest import build
 from tests.tuners.helpers import METHODS, TARGETS, adapted, adapter_tensors
 
@@ -53,14 +54,52 @@ def step(model, optimizer, ids: torch.Tensor) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-def test_two_processes_do_as_one(tmp_path, request):
+SPREAD = """
+import os, sys, torch
+import torch.distributed as dist
+from krontune import ConfigError, SokaConfig, spread_over_ranks
+from krontune.tuners.soka import model as soka_model
+from tests.tuners.conftest import build
+from tests.tuners.helpers import TARGETS, adapted, adapter_tensors
+
+rank, seen = int(os.environ["RANK"]), []
+dist.init_process_group("gloo")
+nearest_kron = soka_model.nearest_kron
+soka_model.nearest_kron = lambda W, *rest: seen.append(W) or nearest_kron(W, *rest)
+
+def adapter(targets):
+    torch.manual_seed(7)
+    with spread_over_ranks():
+        return adapted(build("llama"), SokaConfig(target_modules=targets, channel_sort="norm"), trained=False)
+
+def refusal(targets):
+    try:
+        adapter(targets)
+    except ConfigError as error:
+        return str(error)
+
+out = {"tensors": adapter_tensors(adapter(TARGETS)), "shares": len(seen)}
+out["other modules"] = refusal(["q_proj"] if rank else ["q_proj", "v_proj"])
+
+def fails(*_):
+    raise ConfigError("rank 1 cannot")
+
+if rank == 1:
+    soka_model.nearest_kron = fails
+out["failure"] = refusal(TARGETS)
+torch.save(out, f"{sys.argv[1]}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+two_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+
+
+def outputs_of_two(worker: str, tmp_path, root) -> list[dict]:
+    """What two processes of one group saved."""
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path)],
-            cwd=request.config.rootpath,
-            env={**environment, "RANK": str(rank)},
+            [sys.executable, "-c", worker, str(tmp_path)], cwd=root, env={**environment, "RANK": str(rank)}
         )
         for rank in range(2)
     ]
@@ -69,7 +108,27 @@ def test_two_processes_do_as_one(tmp_path, request):
     finally:
         for process in processes:
             process.kill()
-    outputs = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@two_processes
+def test_two_processes_share_the_kpsvds_out(tmp_path, request):
+    ranks = outputs_of_two(SPREAD, tmp_path, request.config.rootpath)
+    torch.manual_seed(7)
+    alone = adapted(build("llama"), SokaConfig(target_modules=TARGETS, channel_sort="norm"), trained=False)
+    expected = adapter_tensors(alone)
+    n_modules = sum(name.endswith("soka_dA") for name in expected)
+    assert sorted(rank["shares"] for rank in ranks) == [n_modules // 2, n_modules - n_modules // 2]
+    for rank in ranks:
+        assert rank["tensors"].keys() == expected.keys()
+        assert all(torch.equal(rank["tensors"][name], tensor) for name, tensor in expected.items())
+        assert rank["failure"] == "rank 1 cannot"
+        assert "the ranks adapt different modules" in rank["other modules"]
+
+
+@two_processes
+def test_two_processes_do_as_one(tmp_path, request):
+    outputs = outputs_of_two(WORKER, tmp_path, request.config.rootpath)
 
     for method in ("lsr", "soka"):
         model = make(method)

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from krontune.errors import ConfigError, KrontuneError
 from krontune.report import RunRecord, final_loss, write_record
 from krontune.report.plots import loss_curve
+from krontune.tuners import spread_over_ranks
 
 from .callbacks import Interrupted, MetricsFile, StepTimer, StopOnSignal
 from .card import model_card
@@ -180,7 +181,8 @@ def _with_adapter(method: PeftConfig, base: Base, args: SFTConfig, examples: Exa
     """PEFT's errors about the model (no module matched, shapes) are about the user's settings."""
     try:
         prepare_gradient_start(method, base, args, examples)
-        return get_peft_model(base.model, method)
+        with spread_over_ranks():
+            return get_peft_model(base.model, method)
     except KrontuneError:
         raise
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from krontune.kron import ChannelOrder, Kpsvd, budget_ranks, channel_order, near
 from krontune.tuners.base_layer import KronLayer
 from krontune.tuners.base_model import KronModel, Resolved, pattern_value
 from krontune.tuners.hosts import to_float_matrix
+from krontune.tuners.ranks import shared_out
 from krontune.tuners.soka.config import SokaConfig, SokaSpec
 from krontune.tuners.soka.layer import ParamWrapper, SokaLayer, SokaStart
 from krontune.tuners.soka.start import soka_start
@@ -43,8 +45,11 @@ class SokaModel(KronModel):
         with_kpsvd = config.rank_selection != "fixed" or config.init_weights in (True, "principal")
         if not with_kpsvd and config.channel_sort is None:
             return {name: Resolved(spec) for name, spec in specs.items()}
-        progress = tqdm(layers.items(), desc="KPSVD of the weights", unit="weight", delay=2, leave=False)
-        seen = {name: _look(layer, specs[name], config.channel_sort, with_kpsvd) for name, layer in progress}
+        progress = partial(tqdm, desc="KPSVD of the weights", unit="weight", delay=2, leave=False)
+        pairs = {name: (layer, specs[name]) for name, layer in layers.items()}
+        seen = shared_out(pairs, lambda pair: _look(*pair, config.channel_sort, with_kpsvd), progress)
+        if any(seen[name] == Seen() and not layer.base_parameter.is_meta for name, layer in layers.items()):
+            raise ConfigError("another rank holds its weights on the meta device, so that it cannot do its share.")
         choices = self._choose(config, specs, {name: s.kpsvds for name, s in seen.items()})
         return {
             name: Resolved(replace(specs[name], r=choices[name]["rank"]), choices[name], seen[name]) for name in layers
@@ -117,7 +122,7 @@ class SokaModel(KronModel):
                 "the model first, or leave channel_sort out."
             )
         if order is not None and gradient is not None:
-            gradient = order.sort(gradient)
+            gradient = order.sort(gradient.cpu())
         kpsvds = found or [None] * (spec.experts or 1)
         if spec.experts is None:
             return soka_start(spec, config.init_weights, kpsvds[0], gradient)._replace(order=order)
@@ -159,8 +164,14 @@ def _look(layer: KronLayer, spec: SokaSpec, channel_sort: str | None, with_kpsvd
     if channel_sort is not None:
         order = channel_order(W, channel_sort)
         W = order.sort(W)
+        order = ChannelOrder(*(index.cpu() for index in order))
     matrices: Any = [W] if spec.experts is None else W
-    return Seen(order, [nearest_kron(w, spec.shape, spec.r) for w in matrices] if with_kpsvd else None)
+    return Seen(order, [_on_cpu(nearest_kron(w, spec.shape, spec.r)) for w in matrices] if with_kpsvd else None)
+
+
+def _on_cpu(kpsvd: Kpsvd) -> Kpsvd:
+    """Only the terms: K/n of the weight's size, where the weight's device has better things to hold."""
+    return Kpsvd(kpsvd.A.cpu(), kpsvd.B.cpu(), kpsvd.sigma.cpu(), kpsvd.energy)
 
 
 def _same_order(a: ChannelOrder | None, b: ChannelOrder | None) -> bool:
