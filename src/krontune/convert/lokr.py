@@ -145,7 +145,7 @@ def export_lokr(
     Raises:
         ConfigError: experts, or `out` is not free.
 
-    Cost: the KPSVD of one term per module, on the dense update.
+    Cost: the KPSVD of one term per module, on the dense update; none for a LoKr of the same shapes.
     """
     check_output(out, force, [adapter.folder])
     updates = dict(adapter.updates())
@@ -155,16 +155,14 @@ def export_lokr(
     for name in progress(list(updates)):
         if updates[name].experts is not None:
             raise ConfigError(f"{name} is a weight of experts, which LoKr does not take. Use krontune merge.")
-        W = updates[name].dense()
-        m, n = W.shape
-        term = _nearest_term(W, lokr_shape(m, n, factor, lycoris))
+        term, norm = _term(updates[name], factor, lycoris)
         # from an r of half its size on, PEFT keeps a factor whole
         whole_rank = max(whole_rank, -(-max(term.right.shape) // 2))
         key = f"lycoris_{name.replace('.', '_')}" if lycoris else PREFIX + name
         tensors |= {f"{key}.lokr_w1": term.left.contiguous(), f"{key}.lokr_w2": term.right.contiguous()}
         if lycoris:
             tensors[f"{key}.alpha"] = torch.tensor(1.0)
-        modules.append(ModuleExport(name, 1, term.error, float(W.norm())))
+        modules.append(ModuleExport(name, 1, term.error, norm))
     config = LoKrConfig(r=whole_rank, alpha=whole_rank, decompose_factor=factor, **_common(adapter))
     return _write(adapter, out, "lycoris" if lycoris else "lokr", tensors, None if lycoris else config, modules, force)
 
@@ -208,6 +206,18 @@ class Term(NamedTuple):
     left: Tensor
     right: Tensor
     error: float
+
+
+def _term(update: Update, factor: int, lycoris: bool) -> tuple[Term, float]:
+    """The nearest term of LoKr's shapes, as it is where it already is one, and the norm of the update."""
+    if isinstance(update, KronUpdate) and len(update.A) == 1 and update.order is None:
+        left, right = _one_term(update)
+        shape = KronShape(*left.shape, *right.shape)
+        if lokr_shape(shape.m, shape.n, factor, lycoris) == shape:
+            return Term(left, right, 0.0), float(left.norm() * right.norm())
+    W = update.dense()
+    m, n = W.shape
+    return _nearest_term(W, lokr_shape(m, n, factor, lycoris)), float(W.norm())
 
 
 def _nearest_term(W: Tensor, shape: KronShape) -> Term:
