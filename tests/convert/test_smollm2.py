@@ -88,4 +88,5 @@ def test_llama_cpp_loads_the_file(merged: Merged) -> None:
     model.eval(IDS[0].tolist())
     got = torch.tensor(model.scores[: IDS.shape[1]])[None].float()
     model.close()
-    assert distance(got, merged.wanted) < 0.05 < 2 * distance(got, merged.before)
+    assert distance(got, merged.wanted) < 0.06  # 0.033 when this was written
+    assert distance(got, merged.before) > 0.09

@@ -122,6 +122,15 @@ def test_planning_leaves_the_model_as_it_was() -> None:
     assert [type(module) for module in model.modules()] == modules
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kinds_add_up_to_the_whole(method: str) -> None:
+    whole = plan(meta_model(TINY), method, "8k", target_modules="all-linear").to_dict()
+    for name in ("n_params", "n_bytes", "macs_per_token", "share_of_base_macs"):
+        assert sum(kind[name] for kind in whole["kinds"]) == pytest.approx(whole[name], rel=1e-9)
+    for name, size in whole["training_bytes"].items():
+        assert sum(kind["training_bytes"][name] for kind in whole["kinds"]) == size
+
+
 def test_given_ranks_are_kept() -> None:
     made = plan(meta_model(TINY), "lsr", "8k", r=4)
     assert made.config.r == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from krontune.kron.cost import choose_path, path_work
@@ -82,6 +83,19 @@ class ModulePlan:
             b = " (x) ".join(map(_size, zip(spec.out_factors, spec.rank_factors)))
             return f"A {a}, B {b}"
         return f"A {_size((spec.r, spec.n))}, B {_size((spec.m, spec.r))}"
+
+
+def training_bytes(modules: Iterable[ModulePlan], n_other: int = 0) -> dict[str, int]:
+    """Bytes that training takes beside the base model and the activations, by what holds them.
+
+    Args:
+        modules: the adapted weights.
+        n_other: parameters trained beside the updates.
+    """
+    modules = list(modules)
+    n_trained, n_frozen = sum(m.n_params for m in modules) + n_other, sum(m.n_frozen for m in modules)
+    memory = {name: size * n_trained for name, size in TRAINING_BYTES.items()}
+    return memory | ({"frozen start": FLOAT_BYTES * n_frozen} if n_frozen else {})
 
 
 def soka_path(spec: SokaSpec, tokens: int) -> tuple[str, float]:

@@ -16,7 +16,7 @@ from krontune.amounts import parse_amount
 from krontune.errors import ConfigError
 from krontune.kron import FactorShape, budget_ranks, resolve_shape
 from krontune.plan.budget import even_ranks, lsr_ranks, too_small
-from krontune.plan.cost import TRAINING_BYTES, LoraSpec, ModulePlan
+from krontune.plan.cost import LoraSpec, ModulePlan, training_bytes
 from krontune.plan.spectra import spectrum
 from krontune.plan.targets import Match, Target, base_weights, find_targets, rank_pattern
 from krontune.report.files import write_json
@@ -67,9 +67,7 @@ class Plan:
     @property
     def training_bytes(self) -> dict[str, int]:
         """Bytes that training takes beside the base model and the activations, by what holds them."""
-        memory = {name: size * self.n_trainable for name, size in TRAINING_BYTES.items()}
-        frozen = sum(module.n_frozen for module in self.modules)
-        return memory | ({"frozen start": 4 * frozen} if frozen else {})
+        return training_bytes(self.modules, self.n_other)
 
     def kinds(self) -> list[list[ModulePlan]]:
         """The modules in groups of one kind and one set of sizes; kinds in the model's order."""
@@ -92,7 +90,7 @@ class Plan:
             "training_bytes": self.training_bytes,
             "tokens": self.tokens,
             "notes": self.notes,
-            "kinds": [_kind_record(group, self.tokens) for group in self.kinds()],
+            "kinds": [_kind_record(group, self.tokens, self.base_macs) for group in self.kinds()],
             "config": config_dict(self.config),
         }
 
@@ -286,8 +284,9 @@ def _lora(target: Target, r: int) -> int:
     return LoraSpec(r, target.m, target.n, target.experts).n_params
 
 
-def _kind_record(group: list[ModulePlan], tokens: int) -> dict[str, Any]:
+def _kind_record(group: list[ModulePlan], tokens: int, base_macs: int) -> dict[str, Any]:
     first = group[0]
+    macs = sum(module.macs(tokens) for module in group)
     return {
         "kind": first.target.kind,
         "modules": [module.target.name for module in group],
@@ -298,7 +297,9 @@ def _kind_record(group: list[ModulePlan], tokens: int) -> dict[str, Any]:
         "factors": first.factors,
         "n_params": sum(module.n_params for module in group),
         "n_bytes": sum(module.n_bytes for module in group),
-        "macs_per_token": sum(module.macs(tokens) for module in group),
+        "macs_per_token": macs,
+        "share_of_base_macs": macs / base_macs,
+        "training_bytes": training_bytes(group),
         "path": first.path(tokens),
     }
 
