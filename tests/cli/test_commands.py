@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, PretrainedConfig, RobertaConfig
 
+from krontune.weights import meta_model
 from tests.cli.conftest import run
 from tests.convert.helpers import save_base, tiny_llama
 
@@ -66,6 +69,26 @@ def test_nothing_is_overwritten_without_force(name: str, at_work: Path) -> None:
     assert stderr.startswith("error: ") and "--force" in stderr and stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
     assert run(*line, "--force")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "budget"),
+    [(LlamaConfig(), "0.99M"), (RobertaConfig(vocab_size=50265), "0.3M")],
+    ids=["llama", "roberta"],
+)
+@pytest.mark.parametrize("method", ["lsr", "soka", "lora"])
+def test_a_config_alone_is_planned_for(config: PretrainedConfig, budget: str, method: str, at_work: Path) -> None:
+    """LLaMA2-7B's and RoBERTa-base's shapes; the written file makes an adapter of just that size."""
+    config.save_pretrained("model")
+    line = f"plan model --method {method} --budget {budget} --config-only --out out --json"
+    code, stdout, _ = run(*line.split())
+    plan = json.loads(stdout)
+    assert code == 0
+    assert 0.98 * plan["budget"] <= plan["n_params"] <= plan["budget"]
+    loaded = PeftConfig.from_pretrained("out")
+    if method != "lora":
+        loaded.init_weights = "zero"  # a principal start would look at weights
+    assert get_peft_model(meta_model(config), loaded).get_nb_trainable_parameters()[0] == plan["n_params"]
 
 
 def damaged(folder: str) -> str:
