@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,7 +51,9 @@ def layers(results: Results) -> Figure | None:
         axes.axhline(1, color="#222222", linewidth=0.8)
         axes.set_xticks(range(len(labels)), [label.replace(" ", "\n", 1) for label in labels], fontsize=7)
         axes.set(title=f"{shape}: 1, 128, 2048 tokens, light to dark", ylabel="time over base", yscale="log")
-        axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        top = axes.get_ylim()[1]
+        ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick < top]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
     return figure
 
@@ -60,18 +64,29 @@ def memory(results: Results) -> Figure | None:
     if not shapes:
         return None
     figure = _figure(11, 4)
+    saved = {shape: _saved_mib(results.cases[f"layer/{shape}/2048/train"]) for shape in shapes}
+    # One row a contender; the LoRA beside SoKA's longest sum has another rank in every shape.
+    rows = [_common(sorted(set(labels))) for labels in zip(*saved.values(), strict=True)]
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
     for axes, shape in zip(panels, shapes, strict=True):
-        records = results.cases[f"layer/{shape}/2048/train"]
-        labels = [label for label in reversed(records) if "saved_bytes" in records[label]]
-        axes.barh(
-            [label if axes is panels[0] or True else "" for label in labels],
-            [records[label]["saved_bytes"] / 2**20 for label in labels],
-            color=[_colour(label) for label in labels],
-        )
+        axes.barh(range(len(rows)), list(saved[shape].values()), color=[_colour(label) for label in saved[shape]])
         axes.set(title=shape, xlabel="MiB saved for backward")
-        axes.tick_params(axis="y", labelsize=7)
+    panels[0].set_yticks(range(len(rows)), rows, fontsize=7)
+    panels[0].invert_yaxis()
     return figure
+
+
+def _common(labels: Sequence[str]) -> str:
+    """LoRA r=15, LoRA r=16, LoRA r=17 -> LoRA r=15 to 17."""
+    return labels[0] if len(labels) == 1 else f"{labels[0]} to {labels[-1].rpartition('=')[2]}"
+
+
+def _saved_mib(records: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        label: record["saved_bytes"] / 2**20
+        for label, record in records.items()
+        if label != "base" and "saved_bytes" in record
+    }
 
 
 def paths(results: Results) -> Figure | None:
@@ -81,27 +96,36 @@ def paths(results: Results) -> Figure | None:
         return None
     figure = _figure(11, 4.2)
     axes: Axes = figure.add_subplot()
-    names = [label for label in results.cases[cases[0]] if label != "base"]
+    names = list(dict.fromkeys(label for case in cases for label in results.cases[case] if label != "base"))
     markers = dict(zip(names, "osD^vP", strict=False))
     times = {
         case: {name: results.seconds(case, name).median for name in names if name in results.cases[case]}
         for case in cases
     }
     for name in names:
+        taken = [i for i, case in enumerate(cases) if name in times[case]]
         axes.plot(
-            range(len(cases)),
-            [times[case][name] / min(times[case].values()) for case in cases],
+            taken,
+            [times[cases[i]][name] / min(times[cases[i]].values()) for i in taken],
             markers[name],
             markersize=4,
             alpha=0.6,
             label=name,
         )
-    chosen = [next(name for name in names if results.cases[case][name]["chosen"]) for case in cases]
+    chosen = [next(name for name in times[case] if results.cases[case][name]["chosen"]) for case in cases]
     regrets = [times[case][name] / min(times[case].values()) for case, name in zip(cases, chosen, strict=True)]
     axes.plot(range(len(cases)), regrets, "o", markersize=8, mfc="none", mec="#222222", label="chosen")
     axes.set(
-        title="SoKA's product: every path in every case", xlabel="case", ylabel="time over the fastest", yscale="log"
+        title="SoKA's product: every path in every case",
+        xlabel="from few tokens to many",
+        ylabel="time over the fastest",
+        yscale="log",
     )
+    shapes = [case.split("/")[1] for case in cases]
+    first = {shape: shapes.index(shape) for shape in dict.fromkeys(shapes)}
+    for start in first.values():
+        axes.axvline(start - 0.5, color="#cccccc", linewidth=0.8, zorder=0)
+    axes.set_xticks(list(first.values()), [f"{shape} ..." for shape in first], ha="left")
     axes.legend(frameon=False, ncols=len(names) + 1)
     return figure
 

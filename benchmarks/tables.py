@@ -65,23 +65,17 @@ def layer_table(results: Results, mode: str) -> str:
 def memory_table(results: Results) -> str:
     """Bytes saved for backward beyond the input and the parameters, and the peak of one forward and backward."""
     cases = list(results.matching("layer/*/2048/train"))
-    labels = [label for label in _labels(results, cases) if label != "base"]
-    rows = []
-    for case in cases:
-        records, shape = results.cases[case], case.split("/")[1]
-        base = records["base"]["peak_bytes"]
-        rows.append(
-            [shape, f"{base / 2**20:.1f}"]
-            + [
-                f"{records[label]['saved_bytes'] / 2**20:.2f} / {(records[label]['peak_bytes'] - base) / 2**20:+.1f}"
-                if "saved_bytes" in records.get(label, {})
-                else ""
-                for label in labels
-            ]
-        )
-    return markdown(
-        ["out x in, 2048 tokens; MiB", "base's peak", *(f"{label}: saved / peak" for label in labels)], rows
-    )
+    base = {case: results.cases[case]["base"]["peak_bytes"] for case in cases}
+
+    def cell(case: str, label: str) -> str:
+        record = results.cases[case].get(label, {})
+        if "saved_bytes" not in record:
+            return ""
+        return f"{record['saved_bytes'] / 2**20:.2f} / {(record['peak_bytes'] - base[case]) / 2**20:+.1f}"
+
+    rows = [["the frozen layer alone", *(f"{base[case] / 2**20:.1f}" for case in cases)]] if cases else []
+    rows += [[label, *(cell(case, label) for case in cases)] for label in _labels(results, cases)]
+    return markdown(["2048 tokens; MiB saved / peak", *(case.split("/")[1] for case in cases)], rows)
 
 
 def start_table(results: Results) -> str:
@@ -149,13 +143,13 @@ def _section(title: str, body: str) -> str:
 
 
 def _limit(target: Target) -> str:
-    return f"{'≥' if target.at_least else '≤'} {target.limit:.2f}"
+    return f"{'≥' if target.at_least else '≤'} {target.limit:.{target.digits}f}"
 
 
 def _measured(target: Target, figure: Spread | None) -> str:
     if figure is None:
         return "-"
-    text = f"{figure.median:.2f}" if figure.p20 == figure.p80 else _ratio(figure)
+    text = f"{figure.median:.{target.digits}f}" if figure.p20 == figure.p80 else _ratio(figure)
     return f"**{text}**" if target.reached(figure) else f"{text} (missed)"
 
 
