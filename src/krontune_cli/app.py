@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from krontune_cli import compare, compress, demo, export, info, merge, plan, spectrum, train
+from krontune_cli import compare, compress, demo, eval, export, info, merge, plan, spectrum, train
 
 app = typer.Typer(
     name="krontune",
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command("train")(train.command)
+app.command("eval")(eval.command)
 app.command("demo")(demo.command)
 app.command("compare")(compare.command)
 app.command("plan")(plan.command)

@@ -16,7 +16,10 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 HEAVY = ("torch", "peft", "transformers", "trl", "datasets", "accelerate", "matplotlib", "krontune")
 COMMANDS = [
     [],
-    *([name] for name in ("train", "demo", "compare", "plan", "spectrum", "export", "merge", "compress", "info")),
+    *(
+        [name]
+        for name in ("train", "eval", "demo", "compare", "plan", "spectrum", "export", "merge", "compress", "info")
+    ),
 ]
 
 runner = CliRunner()

@@ -12,6 +12,52 @@ Message = dict[str, str]
 
 
 @torch.inference_mode()
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    stop: Sequence[str] = (),
+    special_tokens: bool = True,
+) -> list[str]:
+    """Continue texts greedily, as one batch.
+
+    Args:
+        model: a causal language model, adapted or not; put in eval mode.
+        tokenizer: its tokenizer.
+        texts: what to continue.
+        max_new_tokens: where a continuation is cut off.
+        stop: a continuation ends when it holds one of these; they are left in it.
+        special_tokens: let the tokenizer put its marks around a text; a rendered chat has them already.
+
+    Returns:
+        One continuation a text, without special tokens.
+    """
+    model.eval()
+    batch = tokenizer(
+        list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special_tokens
+    ).to(model.device)
+    options = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
+    output = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    made = output[:, batch["input_ids"].shape[1] :]
+    continued: list[str] = tokenizer.batch_decode(made, skip_special_tokens=True)
+    return continued
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str:
+    """A conversation as text, up to where the assistant's turn begins."""
+    text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return text
+
+
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -34,19 +80,13 @@ def answer(
     Returns:
         One answer a prompt, in their order, without special tokens and outer space.
     """
-    model.eval()
-    texts = [tokenizer.apply_chat_template(list(p), tokenize=False, add_generation_prompt=True) for p in prompts]
+    texts = [render(tokenizer, prompt) for prompt in prompts]
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers = [""] * len(texts)
     for start in range(0, len(texts), batch_size):
         chosen = by_length[start : start + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(model.device)
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        replies = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        part = [texts[i] for i in chosen]
+        replies = complete(model, tokenizer, part, max_new_tokens=max_new_tokens, special_tokens=False)
         for i, reply in zip(chosen, replies, strict=True):
             answers[i] = reply.strip()
         done(len(chosen))

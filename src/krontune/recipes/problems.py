@@ -149,17 +149,21 @@ class Classification(Problem):
             self._scale = float(labels.mean()), float(labels.std()) or 1.0
         return self._scale
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> dict[str, float]:
-        model.eval()
-        device = next(model.parameters()).device
         by_length = sorted(range(len(items)), key=lambda i: items[i].length)
         predicted = np.zeros(len(items))
         for start in range(0, len(items), batch_size):
             chosen = by_length[start : start + batch_size]
-            outputs = self.outputs(model, _to(self.batch([items[i] for i in chosen]), device))
-            predicted[chosen] = (outputs if self.task.kind == "regress" else outputs.argmax(1)).cpu().numpy()
+            predicted[chosen] = self.predict(model, [items[i] for i in chosen])
         return score(self.task.metrics, predicted, np.array([item.label for item in items]))
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, items: Sequence[Item]) -> np.ndarray:
+        """The class of every item, or its number, from one batch; the model is put in eval mode."""
+        model.eval()
+        outputs = self.outputs(model, _to(self.batch(items), next(model.parameters()).device))
+        predicted: np.ndarray = (outputs if self.task.kind == "regress" else outputs.argmax(1)).cpu().numpy()
+        return predicted
 
     def prepare_head(self, model: nn.Module, seed: int) -> None:
         torch.manual_seed(seed)
@@ -233,12 +237,33 @@ def make_problem(task: Task, model: ModelSettings) -> Problem:
     if task.generates:
         base = load_base(model)
         return AnswerLoss(task, base.model, base.tokenizer)
+    return load_classification(task, model)
+
+
+def load_classification(task: Task, model: ModelSettings, own_head: bool = False) -> Classification:
+    """A classification task for a model, which is loaded here.
+
+    Args:
+        task: the task.
+        model: the model; its head is fresh where it has none, or one of another size.
+        own_head: insist on the size of the head that the model has.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or its own head is of another size.
+    """
     source = model_source(model.path, model.gguf_file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name_or_path)
         encoder = AutoModelForSequenceClassification.from_pretrained(
-            source.name_or_path, num_labels=task.n_outputs, dtype=resolve_dtype(model.dtype)
+            source.name_or_path,
+            num_labels=task.n_outputs,
+            dtype=resolve_dtype(model.dtype),
+            ignore_mismatched_sizes=not own_head,
         )
+    except RuntimeError:
+        raise ConfigError(
+            f"the head of {model.path!r} does not have the {task.n_outputs} outputs of {task.name}."
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the model {model.path!r}: {str(error).strip().splitlines()[0]}") from None
     return Classification(task, encoder, tokenizer)

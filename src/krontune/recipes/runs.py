@@ -17,6 +17,8 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -149,6 +151,28 @@ def _complete(checkpoint: Path) -> bool:
         return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def locked(folder: Path, user: str) -> Iterator[None]:
+    """Keep two processes from writing to one folder; the lock ends with its process.
+
+    Raises:
+        ConfigError: the folder is in use; `user` says by another what.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{folder} is in use by another {user}; wait for it or choose another --output."
+            ) from None
+        yield
 
 
 def _version(package: str) -> str | None:

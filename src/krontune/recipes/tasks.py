@@ -28,7 +28,7 @@ class Task:
         hub: data set and configuration on the Hub.
         texts: one or two templates over the row's fields. For "choose", one pair a candidate.
         labels: the classes' names in the order of their numbers; of "choose", the candidates.
-        metrics: names in krontune.recipes.metrics; for generated answers, see evaluate.py.
+        metrics: names in krontune.recipes.metrics; for generated answers, see judging.py.
         splits: the names of the splits for training and for evaluation.
         prompt, completion: templates for generation and for training towards it.
         stop: the generated text is cut before the first of these.
@@ -121,7 +121,7 @@ TASKS: dict[str, Task] = {
         Task(
             "math",
             "math",
-            ("EleutherAI/hendrycks_math", "all"),
+            ("DigitalLearningGmbH/MATH-lighteval", "default"),
             metrics=("exact_match",),
             splits=("train", "test"),
             prompt="Question: {problem}\nPut the final answer in \\boxed{{}}.\nAnswer:",
@@ -168,15 +168,20 @@ def load_rows(task: Task, split: str, data_dir: Path | None = None) -> list[Row]
     """The rows of a split: of DATA_DIR/TASK/SPLIT.jsonl, or of the data set on the Hub.
 
     Raises:
-        ConfigError: no such file or data set.
+        ConfigError: no such file or data set, or a line that is not JSON.
     """
     if data_dir is None:
         return _from_hub(task, split)
     path = data_dir / task.name / f"{split}.jsonl"
     if not path.is_file():
         raise ConfigError(f"no such file: {path}. --data-dir holds TASK/SPLIT.jsonl, with the keys of {task.hub[0]}.")
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}: not JSON ({error}).") from None
+    return rows
 
 
 def _from_hub(task: Task, split: str) -> list[Row]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from krontune.errors import CheckpointError
 
 from .files import write_text
+from .json_lines import JsonLines
 
 COMPARED_VERSION = 1
 
@@ -55,6 +55,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lines = JsonLines(path)
 
     def read(self) -> list[ComparedRun]:
         """All records, in their order. A last line that a kill cut short is passed over.
@@ -62,11 +63,7 @@ class Journal:
         Raises:
             CheckpointError: a line in the middle is damaged, a record is of another version, or occurs twice.
         """
-        if not self.path.exists():
-            return []
-        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
-        lines = whole.decode("utf-8").split("\n") if whole else []
-        runs = [self._parse(line, number) for number, line in enumerate(lines, start=1)]
+        runs = [self._parse(raw, number) for number, raw in enumerate(self._lines.read(), start=1)]
         keys = [run.key for run in runs]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
@@ -75,19 +72,11 @@ class Journal:
 
     def repair(self) -> None:
         """Drop a last line that a kill cut short, so that the next one starts on a line of its own."""
-        if self.path.exists():
-            whole, newline, rest = self.path.read_bytes().rpartition(b"\n")
-            if rest:
-                os.truncate(self.path, len(whole) + len(newline))
+        self._lines.repair()
 
     def append(self, run: ComparedRun) -> None:
         """Add a record; it is on the disk when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(dataclasses.asdict(run), ensure_ascii=False) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.append([dataclasses.asdict(run)])
 
     def drop_failed(self) -> int:
         """Forget the runs that failed, so that they are tried again; how many there were."""
@@ -96,14 +85,11 @@ class Journal:
         write_text(self.path, "".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in kept))
         return len(runs) - len(kept)
 
-    def _parse(self, line: str, number: int) -> ComparedRun:
+    def _parse(self, raw: dict[str, Any], number: int) -> ComparedRun:
+        version = raw.get("version")
+        if version != COMPARED_VERSION:
+            raise CheckpointError(f"{self.path}, line {number}: version {version!r}, not {COMPARED_VERSION}.")
         try:
-            raw = json.loads(line)
-            version = raw.get("version")
-            if version != COMPARED_VERSION:
-                raise CheckpointError(f"{self.path}, line {number}: version {version!r}, not {COMPARED_VERSION}.")
             return ComparedRun(**raw)
-        except (ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except TypeError as error:
             raise CheckpointError(f"{self.path}, line {number}: not a record of a run ({error}).") from None

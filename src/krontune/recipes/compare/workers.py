@@ -7,13 +7,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from krontune.errors import ConfigError
-from krontune.recipes.runs import environment
+from krontune.recipes.runs import environment, locked
 from krontune.recipes.yaml_files import dump_yaml
 from krontune.report.compared import ComparedRun, Journal
 from krontune.report.files import write_json, write_text
@@ -85,7 +84,7 @@ def compare(
     jobs = jobs or cores
     journal = Journal(output / JOURNAL)
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with locked(output, "comparison"):
         journal.repair()
         if retry:
             journal.drop_failed()
@@ -180,21 +179,3 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep two comparisons from writing to one folder; the lock ends with its process."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{folder} is in use by another comparison; wait for it or choose another --output."
-            ) from None
-        yield

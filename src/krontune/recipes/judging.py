@@ -1,0 +1,110 @@
+"""Whether a generated answer is right: a final number, a final expression, or a program that passes its tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from krontune.errors import ConfigError
+
+from .sandbox.api import Limits, run_programs
+from .tasks import Row, Task
+
+# Where an answer is announced: GSM8K's own mark, and the words of MetaMathQA; otherwise the last number counts.
+ANNOUNCED = re.compile(r"(?:####|the answer is:?)(.*)", re.IGNORECASE)
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+MATH_TIMEOUT_S = 5
+
+
+def final_number(text: str) -> str | None:
+    """The number that a solution ends in, without signs of thousands and currency.
+
+    >>> final_number("So 3 * 4 = 12.\\n#### 1,012")
+    '1012'
+    >>> final_number("It costs $5.50."), final_number("no idea")
+    ('5.50', None)
+    """
+    announced = [found for part in ANNOUNCED.findall(text) if (found := NUMBER.findall(part))]
+    found = announced[-1][:1] if announced else NUMBER.findall(text)[-1:]
+    return re.sub(r"[$,]", "", found[0]) if found else None
+
+
+def same_number(one: str | None, other: str | None) -> bool:
+    """Whether two numbers are equal as decimals: 5.50 is 5.5; an answer that is missing equals nothing."""
+    try:
+        return one is not None and other is not None and Decimal(one) == Decimal(other)
+    except InvalidOperation:
+        return False
+
+
+def same_expression(text: str, solution: str) -> bool:
+    """Whether the final expression of `text` equals that of `solution`, by math-verify.
+
+    Raises:
+        ConfigError: math-verify is not installed.
+    """
+    check_math_verify()
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    boxed_first = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    wanted = parse(solution, extraction_config=boxed_first, parsing_timeout=MATH_TIMEOUT_S)
+    given = parse(text, extraction_config=boxed_first, parsing_timeout=MATH_TIMEOUT_S)
+    return bool(verify(wanted, given, timeout_seconds=MATH_TIMEOUT_S))
+
+
+def check_math_verify() -> None:
+    """Make sure that expressions can be compared.
+
+    Raises:
+        ConfigError: math-verify is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ConfigError("the task math is judged by math-verify; install it with: pip install 'krontune[eval]'")
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    ends = [position for mark in stop if (position := text.find(mark)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def program(task: Task, row: Row, text: str) -> str:
+    """The program that passes if the answer is right: the code of the answer, then the row's tests.
+
+    A fenced block, as chat models write it, is taken alone; otherwise the text up to the task's stop strings.
+    """
+    fenced = FENCED.search(text)
+    code = fenced[1] if fenced else cut(text, task.stop)
+    if task.name == "humaneval":
+        between = "\n" if fenced else ""
+        return f"{row['prompt']}{between}{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+    return "\n\n".join([code, row.get("test_setup_code") or "", *row["test_list"]]) + "\n"
+
+
+def judge(
+    task: Task, rows: Sequence[Row], texts: Sequence[str], limits: Limits | None = None, *, allow_weaker: bool = False
+) -> list[dict[str, Any]]:
+    """For every generated text, whether it is `correct`, and what that was decided on.
+
+    Raises:
+        ConfigError: math-verify is missing.
+        SandboxError: the system cannot confine programs, and `allow_weaker` is not set.
+    """
+    if task.kind == "code":
+        sources = [program(task, row, text) for row, text in zip(rows, texts, strict=True)]
+        outcomes = run_programs(sources, limits, allow_weaker=allow_weaker)
+        return [
+            {"correct": outcome.passed, "ended": outcome.status, "message": outcome.output[-200:]}
+            for outcome in outcomes
+        ]
+    if task.kind == "math":
+        return [
+            {"correct": same_expression(cut(text, task.stop), row["solution"])}
+            for row, text in zip(rows, texts, strict=True)
+        ]
+    found = [(final_number(cut(text, task.stop)), final_number(row["answer"])) for row, text in zip(rows, texts)]
+    return [{"correct": same_number(given, wanted), "given": given, "wanted": wanted} for given, wanted in found]
