@@ -130,7 +130,8 @@ def _show(plan: Plan, model: str, from_weights: bool) -> None:
     facts = {"parameters": lines[0]}
     if plan.n_other:
         facts["trained besides"] = f"{plan.n_other:,} (heads, norms, biases), {plan.n_trainable:,} in all"
-    facts["on disk"] = f"{human_bytes(plan.n_bytes)} in float32"
+    halves = " and bfloat16" if plan.method == "soka" else ""
+    facts["on disk"] = f"{human_bytes(plan.n_bytes)} in float32{halves}"
     facts["forward"] = (
         f"{human_count(plan.macs)} multiply-adds a token ({plan.tokens:,} tokens), "
         f"{plan.macs / plan.base_macs:.2%} of the base's linear layers"

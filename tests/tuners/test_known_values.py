@@ -58,7 +58,8 @@ def test_soka_with_p_1_starts_in_the_subspace_of_pissa(net):
     layer = get_peft_model(net(copy.deepcopy(base)), pissa).base_model.model.layer
     soka = one_layer(adapted(net(base), SokaConfig(r=r, factor_shape=1, target_modules=["layer"]), trained=False))
 
-    A0, B0 = soka.factors("default")[2].squeeze(-1), soka.factors("default")[3].squeeze(-2)  # (r, m), (r, n)
+    A0, B0 = (f.float() for f in soka.factors("default")[2:])
+    A0, B0 = A0.squeeze(-1), B0.squeeze(-2)  # (r, m), (r, n)
     for ours, theirs in ((A0, layer.lora_B["default"].weight.T), (B0, layer.lora_A["default"].weight)):
         cosines = torch.linalg.svdvals(_basis(ours).T @ _basis(theirs))
         assert cosines.min() > 0.999  # A0 and B0 are rounded to bfloat16
@@ -80,7 +81,7 @@ def test_soka_starts_from_the_terms_that_a_weight_is_made_of(net):
     config = SokaConfig(r=3, factor_shape=(6, 5), target_modules=["layer"])
     layer = one_layer(adapted(net(base), config, trained=False))
     _, _, A0, B0 = layer.factors("default")
-    start = sum(torch.kron(a, b) for a, b in zip(A0, B0, strict=True))
+    start = sum(torch.kron(a.float(), b.float()) for a, b in zip(A0, B0, strict=True))
     torch.testing.assert_close(start, base.weight.detach(), rtol=0.01, atol=0.01 * float(base.weight.abs().max()))
 
 

@@ -197,6 +197,9 @@ def test_what_is_in_the_files(net, method, tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    halves = {name.rpartition(".")[2] for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16}
+    assert halves == ({"soka_A0", "soka_B0"} if config.peft_type.value == "SOKA" else set())
     assert stored == {f"base_model.model.layer.{name}": shape for name, shape in spec.tensor_shapes().items()}
     expected = {
         "LSR": {"lsr_A.0": (3, 2, 4), "lsr_A.1": (3, 2, 3), "lsr_B.0": (3, 5, 2), "lsr_B.1": (3, 4, 2)},

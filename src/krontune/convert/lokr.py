@@ -112,7 +112,8 @@ def export_soka(adapter: Adapter, out: str | Path, *, force: bool = False) -> Ex
     for name, update in adapter.updates():
         left, right = _one_term(update)
         spec = SokaSpec(1, tuple(left.shape), tuple(right.shape))  # type: ignore[arg-type]
-        parts = {"dA": left, "dB": right, "A0": torch.zeros_like(left), "B0": torch.zeros_like(right)}
+        zeros = {"A0": torch.zeros_like(left).bfloat16(), "B0": torch.zeros_like(right).bfloat16()}
+        parts = {"dA": left, "dB": right, **zeros}
         tensors |= {f"{PREFIX}{name}.soka_{part}": t[None].contiguous() for part, t in parts.items()}
         base = {"storage": "float32", "digest": None, "sample": None}
         layer = {"layer": "linear", **adapter.layer(name), "shape": list(spec.matrix_shape)}

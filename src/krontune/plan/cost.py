@@ -12,7 +12,7 @@ from krontune.tuners.soka import SokaSpec
 
 #: Bytes a trained parameter takes while it is trained: itself, its gradient and AdamW's two moments, in float32.
 TRAINING_BYTES = {"adapter": 4, "gradients": 4, "optimizer": 8}
-FLOAT_BYTES = 4
+FLOAT_BYTES, START_BYTES = 4, 2  # SoKA's frozen start is kept in 16 bits
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class ModulePlan:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the tensors in the file: float32, and the int32 orders of sorted channels."""
+        """Bytes of the tensors in the file: float32, the start's 16 bits, and the int32 orders of sorted channels."""
         is_sorted = isinstance(self.spec, SokaSpec) and self.spec.is_sorted
         orders = (self.target.m + self.target.n) * (self.target.experts or 1) if is_sorted else 0
-        return FLOAT_BYTES * (self.n_params + self.n_frozen + orders)
+        return FLOAT_BYTES * (self.n_params + orders) + START_BYTES * self.n_frozen
 
     def macs(self, tokens: int) -> float:
         """Multiply-adds a token in a forward over `tokens` tokens; every expert is counted as one that is used."""
@@ -95,7 +95,7 @@ def training_bytes(modules: Iterable[ModulePlan], n_other: int = 0) -> dict[str,
     modules = list(modules)
     n_trained, n_frozen = sum(m.n_params for m in modules) + n_other, sum(m.n_frozen for m in modules)
     memory = {name: size * n_trained for name, size in TRAINING_BYTES.items()}
-    return memory | ({"frozen start": FLOAT_BYTES * n_frozen} if n_frozen else {})
+    return memory | ({"frozen start": START_BYTES * n_frozen} if n_frozen else {})
 
 
 def soka_path(spec: SokaSpec, tokens: int) -> tuple[str, float]:

@@ -132,6 +132,11 @@ class KronLayer(_peft.BaseTunerLayer):
         """The dtype of the adapter's factors."""
         return self.factors(adapter)[0].dtype
 
+    def buffers_of(self, adapter: str) -> list[Any]:
+        """The containers of the adapter's frozen tensors."""
+        named = [getattr(self, name) for name in self.other_param_names]
+        return [held for held in named if isinstance(held, _peft.BufferDict) and adapter in held]
+
     def is_trainable(self, adapter: str) -> bool:
         """Whether the adapter's factors take gradients."""
         return any(factor.requires_grad for factor in self.factors(adapter))

@@ -191,12 +191,15 @@ class KronModel(_peft.BaseTuner):
         return {path: wrapper for path, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's own makes new parameters where it casts, and those of a ParameterDict come out trainable."""
+        """Cast what is trained. PEFT's own also casts what is frozen, and makes a ParameterDict's tensors trainable."""
         layers = [layer for _, _, layer in self._named_layers() if adapter_name in layer.specs]
         trainable = [layer.is_trainable(adapter_name) for layer in layers]
+        frozen = [(held, held[adapter_name]) for layer in layers for held in layer.buffers_of(adapter_name)]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, requires_grad in zip(layers, trainable, strict=True):
             layer.set_requires_grad(adapter_name, requires_grad)
+        for held, tensor in frozen:
+            held[adapter_name] = tensor
         self._note_dtypes(adapter_name)
 
     def _note_dtypes(self, adapter_name: str) -> None:

@@ -22,6 +22,7 @@ class SokaSpec:
         right: (m2, n2), the shape of each B_k.
         experts: number of matrices of a 3-D expert weight, each with terms of its own.
         is_sorted: whether the terms are of the weight with its channels in another order, which is stored.
+        start_dtype: of the frozen A0 and B0.
     """
 
     r: int
@@ -29,8 +30,10 @@ class SokaSpec:
     right: tuple[int, int]
     experts: int | None = None
     is_sorted: bool = False
+    start_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        check_choice("start_dtype", self.start_dtype, ("bfloat16", "float32"))
         check_positive_int("r", self.r)
         check_positive_int("experts", self.experts, or_none=True)
         for name in ("left", "right"):

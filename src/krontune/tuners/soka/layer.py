@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from krontune.kron import ChannelOrder, kron_delta_linear, kron_embedding, kron_linear, kron_sum
+from krontune.kron import ChannelOrder, delta_terms, kron_delta_linear, kron_embedding, kron_linear, kron_sum
 from krontune.tuners import _peft
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
 from krontune.tuners.soka.config import SokaSpec
 
 
 class SokaStart(NamedTuple):
-    """The four tensors of an adapter, (K, m1, n1) or (K, m2, n2) each, float32, and the order of its channels."""
+    """The four tensors of an adapter, (K, m1, n1) or (K, m2, n2) each, and the order of its channels."""
 
     dA: Tensor
     dB: Tensor
@@ -38,8 +38,9 @@ class SokaLayer(KronLayer, nn.Module):
 
         sum_k A_k (x) B_k - A0_k (x) B0_k  =  sum_k dA_k (x) B0_k + (A0_k + dA_k) (x) dB_k
 
-    is then exactly zero while dA = dB = 0, in every dtype, and a small update is not lost in A0's rounding. Where the
-    channels are sorted, that sum is in the order of soka_rows and soka_cols (see ChannelOrder).
+    is then exactly zero while dA = dB = 0, in every dtype, and a small update is not lost in A0's rounding. A0 and B0
+    need no precision, only to stay what they are, so that they are kept in 16 bits. Where the channels are sorted,
+    the sum is in the order of soka_rows and soka_cols (see ChannelOrder).
     """
 
     adapter_layer_names: tuple[str, ...] = ("soka_dA", "soka_dB")
@@ -66,9 +67,9 @@ class SokaLayer(KronLayer, nn.Module):
         start = start or SokaStart.placeholder(spec)
         self.soka_dA[adapter] = nn.Parameter(start.dA.to(device, dtype))
         self.soka_dB[adapter] = nn.Parameter(start.dB.to(device, dtype))
-        self.soka_A0[adapter] = start.A0.to(device, dtype)
-        self.soka_B0[adapter] = start.B0.to(device, dtype)
-
+        start_dtype = getattr(torch, spec.start_dtype)
+        self.soka_A0[adapter] = start.A0.to(device, start_dtype)
+        self.soka_B0[adapter] = start.B0.to(device, start_dtype)
         if start.order is not None:
             self.soka_rows[adapter], self.soka_cols[adapter] = (index.to(device) for index in start.order)
 
@@ -87,7 +88,7 @@ class SokaLayer(KronLayer, nn.Module):
     def kron_terms(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The update, without its scale, as one Kronecker sum of 2K terms: (2K, m1, n1) and (2K, m2, n2)."""
         dA, dB, A0, B0 = self.factors(adapter)[:4]
-        return torch.cat([dA, A0 + dA], dim=-3), torch.cat([B0, dB], dim=-3)
+        return delta_terms(dA, dB, A0, B0)
 
     def delta_matrix(self, adapter: str) -> Tensor:
         matrix, order = self.scaling[adapter] * kron_sum(*self.kron_terms(adapter)), self.order(adapter)

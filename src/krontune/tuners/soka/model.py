@@ -153,7 +153,9 @@ class SokaModel(KronModel):
             scale = weight * layer.scaling[adapter]
             parts.append([scale * dA, dB, scale * A0, B0])
         dA, dB, A0, B0 = (torch.cat(same, -3) for same in zip(*parts, strict=True))
-        return replace(first, r=sum(spec.r for spec in specs)), SokaStart(dA, dB, A0, B0, order)
+        # A start that was multiplied by a weight is no 16-bit number any more.
+        joined = replace(first, r=sum(spec.r for spec in specs), start_dtype="float32")
+        return joined, SokaStart(dA, dB, A0, B0, order)
 
 
 def _look(layer: KronLayer, spec: SokaSpec, channel_sort: str | None, with_kpsvd: bool) -> Seen:

@@ -14,7 +14,7 @@ _NOISE = 1e-5  # a KPSVD's terms below this share of its first are rounding erro
 
 
 def soka_start(spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gradient: Tensor | None) -> SokaStart:
-    """The four tensors that `init_weights` asks for, float32, for one matrix.
+    """The four tensors that `init_weights` asks for, for one matrix: float32, the frozen ones bfloat16.
 
     Args:
         spec: the sizes.
@@ -22,9 +22,8 @@ def soka_start(spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gr
         kpsvd: at least spec.r terms of the weight, for the principal start; else None.
         gradient: the mean gradient of the loss for the weight, (m, n); for "gradient" alone.
     """
-    # Rounded to bfloat16 whatever the dtype, so that half the bytes can hold the frozen terms without loss.
-    A0, B0 = (terms.bfloat16().float() for terms in _frozen_terms(spec, init_weights, kpsvd, gradient))
-    dA, dB = torch.zeros_like(A0), torch.zeros_like(B0)
+    A0, B0 = (terms.bfloat16() for terms in _frozen_terms(spec, init_weights, kpsvd, gradient))
+    dA, dB = torch.zeros_like(A0, dtype=torch.float32), torch.zeros_like(B0, dtype=torch.float32)
     if init_weights is False:
         dB = torch.randn_like(dB) / (spec.r * spec.right[1]) ** 0.5
     return SokaStart(dA, dB, A0, B0)
