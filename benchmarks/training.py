@@ -45,7 +45,8 @@ def training_works(setting: Setting, batch: int, length: int) -> dict[str, Work]
 
 
 def _training_work(config: PeftConfig, tokens: torch.Tensor, setting: Setting) -> Work:
-    model = get_peft_model(smollm2(), config).to(setting.device, setting.torch_dtype).train()
+    # The base alone is cast: an adapter keeps the dtypes that it chooses.
+    model = get_peft_model(smollm2().to(setting.device, setting.torch_dtype), config).train()
     model.config.use_cache = False
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
