@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 def command(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="The grid; docs/compare.md lists its settings.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as --set training.steps=50."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the records and reports [runs/NAME].")
     ] = None,
@@ -38,7 +42,7 @@ def command(
         from krontune.recipes.compare.grid import Grid
         from krontune.recipes.compare.workers import compare
 
-        wanted = Grid.load(grid)
+        wanted = Grid.load(grid, overrides or ())
         folder = output or Path("runs") / wanted.name
         if dry_run:
             _show_methods(wanted)

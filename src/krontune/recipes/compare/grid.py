@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
+from transformers import PretrainedConfig
 
 from krontune.errors import ConfigError
 from krontune.plan import parse_amount
-from krontune.recipes.config import MethodSettings, ModelSettings, reason, suggest
+from krontune.recipes.config import MethodSettings, ModelSettings, apply_override, reason, suggest
 from krontune.recipes.problems import AnswerLoss, Classification
 from krontune.recipes.tasks import find_task
 from krontune.recipes.yaml_files import read_yaml
@@ -124,13 +127,16 @@ class Grid(_Section):
         return self
 
     @classmethod
-    def load(cls, path: Path) -> Grid:
-        """Read a grid file.
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Grid:
+        """Read a grid file, and apply `key=value` overrides with dotted keys, values in YAML.
 
         Raises:
-            ConfigError: unreadable, or a setting that is wrong.
+            ConfigError: unreadable, a malformed override, or a setting that is wrong.
         """
-        return cls.from_mapping(read_yaml(path), str(path))
+        raw = read_yaml(path)
+        for override in overrides:
+            apply_override(raw, override)
+        return cls.from_mapping(raw, str(path))
 
     @classmethod
     def from_mapping(cls, raw: dict[str, Any], source: str = "grid") -> Grid:
@@ -206,14 +212,21 @@ def sizes(grid: Grid, methods: Sequence[Method]) -> dict[str, int]:
 
 
 def _size(method: Method, make_model: Callable[[], nn.Module], task_type: str) -> int:
+    if method.shares_budget:  # its ranks come from the weights, which are not here; it stays within the budget
+        return int(method.settings["budget"])
     return count_trainable(adapt(sizing(method), make_model(), task_type))
+
+
+@lru_cache(maxsize=1)
+def _model_config(path: str) -> PretrainedConfig:
+    return load_config(find_model(path))  # seconds, for a GGUF file
 
 
 def _skeleton(grid: Grid) -> tuple[Callable[[], nn.Module], str]:
     """What makes the model without its weights, and PEFT's name of its task."""
     task = find_task(grid.tasks[0])
     task_type = (AnswerLoss if task.generates else Classification).task_type
-    config = load_config(find_model(grid.model.path))
+    config = copy.deepcopy(_model_config(grid.model.path))
     config.num_labels = max(task.n_outputs, 1)
     return lambda: meta_model(config, task_type), task_type
 

@@ -58,7 +58,12 @@ class Method:
     @property
     def knob(self) -> str:
         """The setting that a budget is solved for."""
-        return KNOBS.get(self.name, "r")
+        return "budget" if self.shares_budget else KNOBS.get(self.name, "r")
+
+    @property
+    def shares_budget(self) -> bool:
+        """Whether it shares a budget of its own out over the layers, by their weights."""
+        return self.settings.get("rank_selection") == "budget"
 
 
 def adapt(method: Method, model: nn.Module, task_type: str, train_step: Callable[[], Any] | None = None) -> nn.Module:
@@ -144,6 +149,9 @@ def solve(method: Method, budget: int, make_model: Callable[[], nn.Module], task
     if method.name in NO_TARGETS:
         raise ConfigError(f"{method.label}: {method.name} has one size; leave its budget out.")
 
+    if method.shares_budget:
+        return with_knob(method, budget)
+
     def count(value: int) -> int:
         return count_trainable(adapt(sizing(with_knob(method, value)), make_model(), task_type))
 
@@ -171,7 +179,8 @@ def sizing(method: Method) -> Method:
     if method.name == "pissa":
         return replace(method, name="lora")
     if method.name in ("lsr", "soka"):
-        return replace(method, settings={**method.settings, "init_weights": "zero"})
+        settings = {name: value for name, value in method.settings.items() if name != "channel_sort"}
+        return replace(method, settings={**settings, "init_weights": "zero"})
     return method
 
 
@@ -180,9 +189,10 @@ def _largest(count: Callable[[int], int], budget: int) -> tuple[int | None, int]
     least = count(1)
     if least > budget:
         return None, least
-    low, high, before = 1, 2, 0
-    while before < (now := count(high)) <= budget:  # some methods stop growing
-        low, high, before = high, 2 * high, now
+    low, step, before = 1, max(1, budget // least - 1), least  # most counts are proportional to the value
+    while before < (now := count(low + step)) <= budget:  # some methods stop growing
+        low, step, before = low + step, 1 if low == 1 else 2 * step, now
+    high = low + step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
