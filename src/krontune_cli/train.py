@@ -24,7 +24,7 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is already in the run folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's record as JSON on standard output.")] = False,
 ) -> None:
-    """Fine-tune a language model with LSR, SoKA or any PEFT method.
+    """Fine-tune a language model, or a classifier on a GLUE task, with LSR, SoKA or any PEFT method.
 
     Writes a run folder: the adapter, the config as resolved, metrics as JSON lines, the environment, the loss curve.
     Ctrl-C and SIGTERM leave a checkpoint to go on from. On several devices: `accelerate launch -m krontune_cli train`.
@@ -37,7 +37,7 @@ def command(
 
         extra = ["resume=true"] if resume else []
         config = load_config(run, [*(overrides or []), *extra])
-        screen.print(f"[dim]·[/dim] Loading {config.model.path} and {config.data.train}")
+        screen.print(f"[dim]·[/dim] Loading {config.model.path} and {config.data.source}")
         try:
             record = train(config, force=force, callbacks=[StepBar(screen, config.method.name.lower())])
         except Interrupted as stop:

@@ -5,6 +5,6 @@ from __future__ import annotations
 from .callbacks import Interrupted
 from .config import RunConfig, load_config
 from .models import load_base
-from .sft import train
+from .training import train
 
 __all__ = ["Interrupted", "RunConfig", "load_base", "load_config", "train"]

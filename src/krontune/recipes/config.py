@@ -37,9 +37,12 @@ class ModelSettings(_Section):
 
 
 class DataSettings(_Section):
-    """The training data: a Hub id, or a local JSONL, JSON, CSV or Parquet file, and how its rows become examples."""
+    """The training data: a benchmark task, or a Hub id, or a local JSONL, JSON, CSV or Parquet file, and how its rows
+    become examples."""
 
-    train: str
+    train: str | None = None
+    task: str | None = None  # in place of `train`: gsm8k, cola, ...; its rows, prompt and metrics
+    data_dir: Path | None = None  # of a task: TASK/SPLIT.jsonl; without it the data set on the Hub
     eval: str | None = None
     name: str | None = None  # the configuration of a Hub dataset
     split: str = "train"
@@ -48,6 +51,23 @@ class DataSettings(_Section):
     chat: bool = False  # prompt and completion become a user's and an assistant's turn
     system: str | None = None  # the system turn before them
     limit: int | None = Field(default=None, gt=0)  # the first so many rows
+    eval_limit: int | None = Field(default=None, gt=0)  # of a task: the rows that `krontune eval --limit` takes
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if (self.train is None) == (self.task is None):
+            raise ValueError("give either train (a file or a Hub id) or task (such as gsm8k or cola)")
+        without_effect = ("data_dir", "eval_limit") if self.task is None else ("eval", "name", "system")
+        why = "is for a task" if self.task is None else "does not go with task, which is asked as krontune eval asks it"
+        for name in without_effect:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} {why}; drop it")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What people call the data."""
+        return str(self.task or self.train)
 
 
 class MethodSettings(BaseModel):

@@ -14,6 +14,7 @@ from datasets import Dataset
 from krontune.errors import ConfigError
 
 from .config import DataSettings, suggest
+from .tasks import Row, Task, fill, find_task, load_rows, subset
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # What a row can be, first match wins.
@@ -34,12 +35,63 @@ def load_data(settings: DataSettings) -> Examples:
     Raises:
         ConfigError: a file or data set that cannot be read, columns that are not there, or empty rows.
     """
-    train = _examples(settings, settings.train, settings.split)
+    if settings.task is not None:
+        return _load_task(find_task(settings.task), settings)
+    train = _examples(settings, settings.source, settings.split)
     if settings.eval:
         return Examples(train, _examples(settings, settings.eval, settings.eval_split or settings.split))
     if settings.eval_split:
-        return Examples(train, _examples(settings, settings.train, settings.eval_split))
+        return Examples(train, _examples(settings, settings.source, settings.eval_split))
     return Examples(train)
+
+
+def task_rows(task: Task, settings: DataSettings) -> tuple[list[Row], list[Row]]:
+    """A task's rows for training, and for evaluation: those that `krontune eval` asks, with the same limit.
+
+    Raises:
+        ConfigError: rows that cannot be read, none at all, or a task that has nothing to train on.
+    """
+    if task.splits[0] == task.splits[1]:
+        raise ConfigError(f"{task.name} has no rows for training; train on another data set with data.train.")
+    parts = []
+    for split in (settings.split, settings.eval_split or task.splits[1]):
+        parts.append(load_rows(task, split, settings.data_dir))
+        if not parts[-1]:
+            raise ConfigError(f"{task.name}/{split} has no rows.")
+    return parts[0][: settings.limit], subset(parts[1], settings.eval_limit)
+
+
+def _load_task(task: Task, settings: DataSettings) -> Examples:
+    """The task's own prompts, which `krontune eval` asks, or those of `settings.columns`; and the answers."""
+    unknown = settings.columns.keys() - {"prompt", "completion"}
+    if unknown:
+        raise ConfigError(f"data.columns.{min(unknown)}: a task's examples are made of prompt and completion.")
+    makers = {"prompt": task.prompt, "completion": task.completion, **settings.columns}
+    templates = {str(name): template(maker) for name, maker in makers.items()}
+    train, held_out = (
+        Dataset.from_list([_task_example(templates, row, settings.chat) for row in rows])
+        for rows in task_rows(task, settings)
+    )
+    return Examples(train, held_out)
+
+
+def _task_example(templates: dict[str, str], row: Row, chat: bool) -> dict[str, Any]:
+    try:
+        example = {name: fill(text, row) for name, text in templates.items()}
+    except KeyError as error:
+        raise ConfigError(f"the task's rows have no {error}; they have {', '.join(row)}.") from None
+    if not chat:
+        return example
+    return _as_chat({**example, "completion": example["completion"].strip()}, None)
+
+
+def template(maker: str) -> str:
+    """A template as it is, or that of a column.
+
+    >>> template("question"), template("Q: {question}")
+    ('{question}', 'Q: {question}')
+    """
+    return maker if _is_template(maker) else f"{{{maker}}}"
 
 
 def is_chat(dataset: Dataset) -> bool:

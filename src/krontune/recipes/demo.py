@@ -29,7 +29,7 @@ from .generate import Message, answer
 from .models import Base, load_base
 from .orders import SYSTEM, Item, is_exact, make_items
 from .runs import RunFolder
-from .sft import train
+from .training import train
 
 METRIC = "exact_match"
 

@@ -37,7 +37,6 @@ from .runs import environment, locked
 from .sandbox.api import SandboxError, missing_protection
 from .tasks import Row, Task, fill, find_task, load_rows, subset
 
-SUBSET_SEED = 20_250  # of the rows that --limit leaves
 RESULT_VERSION = 1
 
 Record = dict[str, Any]
@@ -131,7 +130,7 @@ def evaluate(
     settings = settings.complete()
     task = find_task(settings.task)
     _check_tools(task, settings)
-    rows = subset(load_rows(task, str(settings.split), settings.data_dir), settings.limit, SUBSET_SEED)
+    rows = subset(load_rows(task, str(settings.split), settings.data_dir), settings.limit)
     if not rows:
         raise ConfigError(f"{task.name}/{settings.split} has no rows.")
     _check_folder(output, force)

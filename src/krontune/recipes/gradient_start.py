@@ -1,28 +1,32 @@
-"""The preprocessing that `init_weights: gradient` asks for, on the first batches of a run's own training data."""
+"""The preprocessing that `init_weights: gradient` asks for, on the first rows of a run's own training data."""
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING
+
 from peft import PeftConfig
-from trl import SFTConfig, SFTTrainer
+from transformers import IntervalStrategy, TrainingArguments
 
 from krontune import preprocess_gradient
 
-from .data import Examples
-from .models import Base
+if TYPE_CHECKING:
+    from .fit import Learner
 
 EXAMPLES = 128
 
 
-def prepare_gradient_start(method: PeftConfig, base: Base, args: SFTConfig, examples: Examples) -> None:
+def prepare_gradient_start(method: PeftConfig, learner: Learner, args: TrainingArguments) -> None:
     """Leave the mean gradient of the first `EXAMPLES` rows on the model for get_peft_model to take.
 
     Does nothing for a method without that start. The loss is the trainer's own: same rendering, same mask.
     """
     if getattr(method, "init_weights", None) != "gradient":
         return
-    rows = examples.train.select(range(min(EXAMPLES, len(examples.train))))
-    model = base.model
-    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=base.tokenizer)
+    model = learner.base.model
+    without_evaluation = copy.copy(args)
+    without_evaluation.eval_strategy = IntervalStrategy.NO
+    trainer = learner.trainer(model, without_evaluation, train_dataset=learner.first_rows(EXAMPLES))
 
     def train_step() -> None:
         for batch in trainer.get_train_dataloader():

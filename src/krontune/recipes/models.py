@@ -105,7 +105,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         ConfigError: it cannot be found or read.
     """
     source = model_source(settings.path, settings.gguf_file)
-    tokenizer = _load(AutoTokenizer, settings, source)
+    tokenizer = load_pretrained(AutoTokenizer, settings, source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -126,7 +126,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif settings.quantization:
         options["quantization_config"] = _bitsandbytes(settings.quantization, options["dtype"])
-    model = _load(AutoModelForCausalLM, settings, source, **options)
+    model = load_pretrained(AutoModelForCausalLM, settings, source, **options)
     model.name_or_path = model.config._name_or_path = settings.path
     return model
 
@@ -181,7 +181,8 @@ def _local_source(path: Path) -> ModelSource:
     return ModelSource(str(path.parent), path.name)
 
 
-def _load(loader: Any, settings: ModelSettings, source: ModelSource, **options: Any) -> Any:
+def load_pretrained(loader: Any, settings: ModelSettings, source: ModelSource, **options: Any) -> Any:
+    """`loader.from_pretrained` with what the settings say; a model that cannot be found or read is a ConfigError."""
     if source.gguf_file:
         if importlib.util.find_spec("gguf") is None:
             raise ConfigError("reading a GGUF file needs the gguf package; install it with: pip install gguf")

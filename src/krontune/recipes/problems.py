@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from krontune.errors import ConfigError
 
 from .config import ModelSettings
 from .metrics import score
-from .models import load_base, model_source, resolve_dtype
+from .models import load_base, load_pretrained, load_tokenizer, model_source, resolve_dtype
 from .tasks import Row, Task, fill, load_rows, subset
 
 IGNORED = -100  # a label that has no loss
@@ -112,6 +112,7 @@ class Classification(Problem):
     task_type = "SEQ_CLS"
     metric = "score"
     higher_is_better = True
+    fresh_modules: tuple[str, ...] = ()  # beside the head's last part: modules that the checkpoint had no weights for
     _scale: tuple[float, float] | None = None
 
     def encode(self, row: Row, max_length: int) -> Item:
@@ -137,7 +138,10 @@ class Classification(Problem):
         return logits.view(len(batch["labels"]), -1) if self.task.kind != "regress" else logits.view(-1)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        outputs, labels = self.outputs(model, batch), batch["labels"]
+        return self.loss_of(self.outputs(model, batch), batch["labels"])
+
+    def loss_of(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of the outputs of a batch."""
         if self.task.kind != "regress":
             return F.cross_entropy(outputs, labels)
         mean, sd = self._target_scale()  # the head starts at zero; a correlation does not see the scale
@@ -162,8 +166,12 @@ class Classification(Problem):
         """The class of every item, or its number, from one batch; the model is put in eval mode."""
         model.eval()
         outputs = self.outputs(model, _to(self.batch(items), next(model.parameters()).device))
-        predicted: np.ndarray = (outputs if self.task.kind == "regress" else outputs.argmax(1)).cpu().numpy()
-        return predicted
+        return self.decide(outputs)
+
+    def decide(self, outputs: Tensor) -> np.ndarray:
+        """Classes or numbers from `outputs`."""
+        decided: np.ndarray = (outputs if self.task.kind == "regress" else outputs.argmax(1)).cpu().numpy()
+        return decided
 
     def prepare_head(self, model: nn.Module, seed: int) -> None:
         torch.manual_seed(seed)
@@ -249,24 +257,33 @@ def load_classification(task: Task, model: ModelSettings, own_head: bool = False
         own_head: insist on the size of the head that the model has.
 
     Raises:
-        ConfigError: the model cannot be loaded, or its own head is of another size.
+        ConfigError: the model cannot be loaded, is a GGUF file, or its own head is of another size.
     """
     source = model_source(model.path, model.gguf_file)
+    if source.gguf_file:
+        raise ConfigError(f"{model.path!r} is a GGUF file; {task.name} needs a model folder, or packaged:minilm.")
+    tokenizer = load_tokenizer(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name_or_path)
-        encoder = AutoModelForSequenceClassification.from_pretrained(
-            source.name_or_path,
+        encoder, report = load_pretrained(
+            AutoModelForSequenceClassification,
+            model,
+            source,
             num_labels=task.n_outputs,
-            dtype=resolve_dtype(model.dtype),
+            dtype=torch.float32 if model.dtype == "auto" else resolve_dtype(model.dtype),  # the head is trained in it
             ignore_mismatched_sizes=not own_head,
+            output_loading_info=True,
         )
     except RuntimeError:
         raise ConfigError(
             f"the head of {model.path!r} does not have the {task.n_outputs} outputs of {task.name}."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model {model.path!r}: {str(error).strip().splitlines()[0]}") from None
-    return Classification(task, encoder, tokenizer)
+    encoder.name_or_path = encoder.config._name_or_path = model.path
+    if getattr(encoder.config, "pad_token_id", None) is None:  # a decoder finds a text's last token by it
+        encoder.config.pad_token_id = tokenizer.pad_token_id
+    problem = Classification(task, encoder, tokenizer)
+    modules = {key.rpartition(".")[0] for key in report["missing_keys"]}
+    problem.fresh_modules = tuple(sorted(name for name in modules if not is_head(name)))
+    return problem
 
 
 def _padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -13,6 +13,8 @@ from krontune.errors import ConfigError
 
 from .config import suggest
 
+SUBSET_SEED = 20_250  # of the rows that a limit on evaluation leaves
+
 Row = dict[str, Any]
 Kind = Literal["classify", "regress", "choose", "answer", "math", "code"]
 
@@ -202,7 +204,7 @@ def fill(template: str, row: Row) -> str:
     return template.format_map({**row, **tests})
 
 
-def subset(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+def subset(rows: Sequence[Row], limit: int | None, seed: int = SUBSET_SEED) -> list[Row]:
     """At most `limit` rows, drawn with the seed and kept in their order; the same rows every time."""
     if limit is None or limit >= len(rows):
         return list(rows)
