@@ -9,10 +9,20 @@ import pytest
 from datasets import Dataset
 
 from krontune.errors import ConfigError
+from krontune.recipes import RunConfig
 from krontune.recipes.config import DataSettings
 from krontune.recipes.data import is_chat, load_data
+from krontune.recipes.evaluate import EvalSettings, evaluate
+from krontune.recipes.runs import RunFolder
+from krontune.recipes.tasks import TASKS
+from krontune.recipes.training import make_learner
 
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(5)]
+TASK_ROWS: dict[str, dict[str, Any]] = {
+    "gsm8k": {"question": "1 + 1?", "answer": "2 #### 2"},
+    "math": {"problem": "What is $1 + 1$?", "solution": "It is $\\boxed{2}$."},
+    "mbpp": {"text": "Add.", "code": "def add(a, b):\r\n    return a + b", "test_list": ["assert add(1, 1) == 2"]},
+}
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
@@ -126,3 +136,64 @@ def test_broken_parquet(tmp_path: Path) -> None:
     path.write_bytes(b"not parquet")
     with pytest.raises(ConfigError, match=r"cannot read .*x\.parquet"):
         load_data(DataSettings(train=str(path)))
+
+
+@pytest.mark.parametrize(("name", "chat"), [("gsm8k", False), ("gsm8k", True), ("mbpp", False), ("math", True)])
+def test_a_task_is_trained_on_the_very_tokens_that_eval_asks(
+    name: str, chat: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's own tokens before the completion, against what `krontune eval` hands to the tokenizer."""
+    rows = [{**TASK_ROWS[name], "n": i} for i in range(3)]
+    for split in TASKS[name].splits:
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name / f"{split}.jsonl", rows)
+    config = RunConfig.from_mapping(
+        {
+            "model": str(tiny_model),
+            "data": {"task": name, "data_dir": str(tmp_path), "chat": chat, "eval_limit": 2},
+            "method": "lora",
+            "training": {"use_cpu": True},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    learner = make_learner(config)
+    args = learner.arguments(RunFolder(config.output))
+    learner.load(args, None)
+    assert (len(learner.train_data), len(learner.eval_data or ())) == (3, 2)
+    trainer = learner.trainer(
+        learner.base.model, args, train_dataset=learner.train_data, eval_dataset=learner.eval_data
+    )
+    batch = {name: tensor[0].tolist() for name, tensor in next(iter(trainer.get_eval_dataloader())).items()}
+    places = zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
+    trained = [token for token, label, seen in places if seen and label == -100]
+    asked: list[tuple[str, bool]] = []
+
+    def listen(model: Any, tokenizer: Any, texts: list[str], *, special_tokens: bool, **_: Any) -> list[str]:
+        asked.extend((text, special_tokens) for text in texts)
+        return [""] * len(texts)
+
+    monkeypatch.setattr("krontune.recipes.evaluate.complete", listen)
+    monkeypatch.setattr("krontune.recipes.evaluate.judge", lambda task, rows, *_, **__: [{"correct": True}] * len(rows))
+    monkeypatch.setattr("krontune.recipes.evaluate._check_tools", lambda *_: None)
+    evaluate(EvalSettings(name, base=str(tiny_model), data_dir=tmp_path, chat=chat), tmp_path / "eval")
+    text, special = asked[0]
+    assert learner.base.tokenizer(text, add_special_tokens=special)["input_ids"] == trained
+    assert learner.eval_options() == ["--task", name, *(["--chat"] if chat else [])]
+
+
+def test_columns_replace_the_templates_of_a_task(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "gsm8k" / f"{split}.jsonl", [TASK_ROWS["gsm8k"]])
+    columns: dict[Any, str] = {"prompt": "question", "completion": "So: {answer}"}
+    settings = DataSettings(task="gsm8k", data_dir=tmp_path, columns=columns)
+    assert load_data(settings).train.to_list() == [{"prompt": "1 + 1?", "completion": "So: 2 #### 2"}]
+    with pytest.raises(ConfigError, match="the task's rows have no 'hint'; they have question, answer"):
+        load_data(DataSettings(task="gsm8k", data_dir=tmp_path, columns={"prompt": "hint"}))
+
+
+def test_a_task_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").touch()
+    with pytest.raises(ConfigError, match="gsm8k/train has no rows"):
+        load_data(DataSettings(task="gsm8k", data_dir=tmp_path))
