@@ -62,6 +62,17 @@ def command(
     """
     quiet_libraries(progress=False)
     with one_line_errors():
+        own = {
+            "--data-dir": data_dir,
+            "--split": split,
+            "--prompt": prompt,
+            "--chat": chat,
+            "--max-new-tokens": max_new_tokens,
+            "--output": output,
+            "--force": force,
+            "--allow-weaker-sandbox": weaker,
+        }
+        _check_options(harness, own if harness is Harness.lm_eval else {"--include-path": include})
         if harness is Harness.lm_eval:
             from krontune.recipes.harness import run_harness
 
@@ -88,6 +99,15 @@ def command(
         with _bar(task) as done:
             result = evaluate(settings, folder, force=force, done=done)
         _show(result, folder, as_json)
+
+
+def _check_options(harness: Harness, foreign: dict[str, Any]) -> None:
+    """Refuse options that the chosen harness would ignore."""
+    from krontune.errors import ConfigError
+
+    given = [option for option, value in foreign.items() if value]
+    if given:
+        raise ConfigError(f"{', '.join(given)} has no effect with --harness {harness.value}; leave it out.")
 
 
 def _name(model: str) -> str:

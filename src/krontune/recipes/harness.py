@@ -45,11 +45,12 @@ def run_harness(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists what it has.")
-    model, tokenizer = load_for_generation(EvalSettings("gsm8k", adapter, base, dtype=dtype))
+    settings = EvalSettings("gsm8k", adapter, base, dtype=dtype).complete()  # the task is not asked
+    model, tokenizer = load_for_generation(settings)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager)
     return {
-        "base": base,
+        "base": settings.base,
         "adapter": adapter,
         "limit": limit,
         "results": found["results"],
