@@ -43,6 +43,10 @@ _BERT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: AutoModelForCausalLM.from_config(LlamaConfig(**_LLAMA, tie_word_embeddings=False)),
+    # Sizes that 4-bit kernels take: bitsandbytes wants in a multiple of 64 and out of 32 on CPUs with AVX512-BF16.
+    "wide": lambda: AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**_LLAMA, "hidden_size": 64, "intermediate_size": 128}, tie_word_embeddings=False)
+    ),
     "tied": lambda: AutoModelForCausalLM.from_config(LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
     "mixtral": lambda: AutoModelForCausalLM.from_config(MixtralConfig(**_MIXTRAL)),
     "gpt2": lambda: AutoModelForCausalLM.from_config(

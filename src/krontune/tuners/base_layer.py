@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from krontune.errors import CheckpointError, ConfigError
 from krontune.tuners import _peft
-from krontune.tuners.hosts import host_of, storage_of
+from krontune.tuners.hosts import host_of, restore_codes, storage_of
 from krontune.tuners.remembered import Remembered
 
 
@@ -87,7 +87,9 @@ class KronLayer(_peft.BaseTunerLayer):
 
     @property
     def base_parameter(self) -> Tensor:
-        """The adapted parameter of the base layer as it is stored (packed, where quantised)."""
+        """The adapted parameter of the base layer as it is stored (codes, where quantised)."""
+        if self.quantization_backend is not None:
+            restore_codes(self.get_base_layer())
         return getattr(self.get_base_layer(), self.weight_name)
 
     def storage(self) -> str:
@@ -170,6 +172,12 @@ class KronLayer(_peft.BaseTunerLayer):
             result = result + self.update(x, adapter).to(result.dtype)
         return result
 
+    def train(self, mode: bool = True) -> KronLayer:
+        """As nn.Module's; a quantised base layer is also put into the form that has a gradient."""
+        if mode and self.quantization_backend is not None:
+            restore_codes(self.get_base_layer())
+        return super().train(mode)
+
     def _takes_base(self, x: Tensor, adapter: str) -> bool:
         """Whether the frozen weight can go into the adapter's product, which saves passes over memory.
 
@@ -212,7 +220,8 @@ class KronLayer(_peft.BaseTunerLayer):
 
     def get_base_weight(self) -> Tensor:
         """The base weight, dequantised where it is quantised."""
-        return super().get_base_weight() if self.quantization_backend else self.base_parameter.data
+        stored = self.base_parameter
+        return super().get_base_weight() if self.quantization_backend else stored.data
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update in the base weight's own layout, scale included, dtype of the factors."""
