@@ -71,7 +71,7 @@ def run_config(tiny_model: Path, sums: Path, tmp_path: Path) -> Callable[..., Ru
 
     def make(**changes: Any) -> RunConfig:
         raw: dict[str, Any] = {
-            "model": str(tiny_model),
+            "model": {"path": str(tiny_model), "dtype": "float32"},  # on every CPU, whatever it multiplies natively
             "data": str(sums),
             "method": {"name": "lora", "r": 2, "target_modules": "all-linear"},
             "training": {

@@ -65,7 +65,7 @@ def by_index(output: Path) -> list[dict[str, Any]]:
 
 
 def settings(folder: Path, **changes: Any) -> EvalSettings:
-    return EvalSettings(**{"task": "gsm8k", "data_dir": folder / "data", "max_new_tokens": 8, **changes})
+    return EvalSettings(**{"task": "gsm8k", "data_dir": folder / "data", "max_new_tokens": 8, "dtype": "float32", **changes})
 
 
 def test_answers_are_those_of_the_model_with_its_adapter(
@@ -204,7 +204,8 @@ def slow(*args, **settings):
     time.sleep(0.2)
     return answer(*args, **settings)
 module.complete = slow
-wanted = module.EvalSettings("gsm8k", base=sys.argv[1], data_dir=Path(sys.argv[2]), max_new_tokens=8, batch_size=2)
+wanted = module.EvalSettings("gsm8k", base=sys.argv[1], data_dir=Path(sys.argv[2]), max_new_tokens=8, batch_size=2,
+    dtype="float32")
 module.evaluate(wanted, Path(sys.argv[3]))
 """
 

@@ -57,7 +57,7 @@ def test_the_adapter_is_applied(task: Path, tiny_model: Path, adapter: Path) -> 
 
     chosen = [max((0, 1), key=lambda i: likelihood(row["question"], CHOICES[i])) for row in ROWS]
     expected = sum(c == row["label"] for c, row in zip(chosen, ROWS, strict=True)) / len(ROWS)
-    found = run_harness(["even"], str(adapter), str(tiny_model), include_path=task)
+    found = run_harness(["even"], str(adapter), str(tiny_model), dtype="float32", include_path=task)
     assert found["results"]["even"]["acc,none"] == expected
     assert found["base"] == str(tiny_model)
 
