@@ -67,19 +67,19 @@ def _line(screen: Console, run: ComparedRun, left: int) -> None:
 
 
 def _show_methods(grid: Grid) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from krontune.recipes.compare.grid import resolve_methods, sizes
 
     methods = resolve_methods(grid)
     counts = sizes(grid, methods)
     reference = counts[grid.reference]
-    table = Table("method", "parameters", "of the reference", "first rate", "settings", box=None)
+    table = Table("method", "parameters", "of reference", "first rate", Column("settings", overflow="fold"), box=None)
     for method in methods:
-        shown = {name: value for name, value in method.settings.items() if name != "target_modules"}
+        shown = (f"{name}={value}" for name, value in method.settings.items() if name != "target_modules")
         count = counts[method.label]
         table.add_row(
-            method.label, f"{count:,}", f"{count / reference:.3f}x", f"{method.rate:g}", f"{method.name} {shown}"
+            method.label, f"{count:,}", f"{count / reference:.3f}x", f"{method.rate:g}", " ".join([method.name, *shown])
         )
     console().print(table)
     trials = grid.tuning.trials * len(grid.tuning.seeds) * len(grid.tuning.tasks or grid.tasks)

@@ -50,7 +50,7 @@ def quiet_libraries(progress: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not progress:
         os.environ.setdefault("TQDM_DISABLE", "1")
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     libraries = r"(transformers|trl|peft|torch|accelerate|datasets)\b"
     for category in (FutureWarning, DeprecationWarning, UserWarning):

@@ -177,7 +177,7 @@ class Classification(Problem):
         torch.manual_seed(seed)
         std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
         for name, module in model.named_modules():
-            if is_head(name) and isinstance(module, nn.Linear):
+            if (is_head(name) or name in self.fresh_modules) and isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
