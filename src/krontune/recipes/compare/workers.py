@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import threading
@@ -151,7 +150,6 @@ def _serve(connection: Connection, raw_grid: dict[str, Any], threads: int) -> No
     """The worker's side: a task's data is encoded once, and every run starts from a copy of the loaded model."""
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable(logging.WARNING)  # the first process has shown what there is to say
     import torch
     import transformers
 
