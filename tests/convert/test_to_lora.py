@@ -197,7 +197,7 @@ def test_nothing_is_left_half_written(
 def test_other_peoples_files_are_safe(adapters: dict[str, Path], tmp_path: Path) -> None:
     adapter = open_adapter(adapters["lsr"])
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="neither an adapter's nor a model's"):
+    with pytest.raises(ConfigError, match=r"holds thesis\.txt, which this command does not write"):
         export_lora(adapter, tmp_path, force=True)
     with pytest.raises(ConfigError, match="holds, the input"):
         export_lora(adapter, adapters["lsr"].parent, force=True)
@@ -206,3 +206,46 @@ def test_other_peoples_files_are_safe(adapters: dict[str, Path], tmp_path: Path)
         export_lora(adapter, tmp_path / "out")
     export_lora(adapter, tmp_path / "out", force=True)
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("entry", ["thesis.txt", "checkpoint-100/adapter_config.json", "model.safetensors"])
+def test_files_beside_an_adapter_are_safe(entry: str, adapters: dict[str, Path], tmp_path: Path) -> None:
+    adapter, out = open_adapter(adapters["lsr"]), tmp_path / "out"
+    export_lora(adapter, out)
+    (out / entry).parent.mkdir(exist_ok=True)
+    (out / entry).write_text("years of work")
+    with pytest.raises(ConfigError, match="does not write and does not delete"):
+        export_lora(adapter, out, force=True)
+    assert (out / entry).read_text() == "years of work"
+
+
+def test_a_link_is_written_through(adapters: dict[str, Path], tmp_path: Path) -> None:
+    adapter, out = open_adapter(adapters["lsr"]), tmp_path / "link"
+    export_lora(adapter, tmp_path / "disk" / "out")
+    out.symlink_to(tmp_path / "disk" / "out")
+    with pytest.raises(ConfigError, match="--force"):
+        export_lora(adapter, out)
+    (out / "lokr.safetensors").touch()  # of an earlier export
+    export_lora(adapter, out, force=True)
+    assert out.is_symlink() and not (out / "lokr.safetensors").exists()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_a_failure_while_the_folder_is_replaced_loses_nothing(
+    adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, out = open_adapter(adapters["lsr"]), tmp_path / "out"
+    export_lora(adapter, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    replace = Path.replace
+
+    def fails_once_set_aside(path: Path, target: Path) -> Path:
+        if target == out and not path.name.endswith(".old"):
+            raise OSError("the disk went away")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fails_once_set_aside)
+    with pytest.raises(OSError, match="went away"):
+        export_lora(adapter, out, rank=1, force=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]

@@ -33,6 +33,8 @@ DTYPES = {
 }
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
+#: What a merge writes beside the shards, which have the base's names.
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "model.gguf", *_TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,14 @@ def merge(
     opened = open_adapter(adapter)
     found = open_base(opened, base)
     inputs = [opened.folder, *([Path(found.source.name_or_path)] if found.source.is_local else [])]
-    check_output(out, force, inputs)
+    written = (*_MODEL_FILES, *found.weights.shards())
+    check_output(out, force, inputs, written)
     if gguf:
         check_gguf(found)
     places = find_places(opened, found)
     notes = _check_base(opened, found, places, another_base)
     target = DTYPES[dtype] if dtype else None
-    with output_folder(out, force, inputs) as folder:
+    with output_folder(out, force, inputs, written) as folder:
         n_replaced = _write_weights(folder, opened, found, places, target, progress)
         dtypes = _dtypes(folder)
         _write_config(folder, found, max(dtypes, key=lambda d: dtypes[d]))

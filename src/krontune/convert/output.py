@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,19 +15,27 @@ from torch import Tensor
 from krontune.errors import ConfigError
 from krontune.report.files import whole_folder
 
-#: Files that show a folder to hold an adapter or a model, so that --force may replace it.
-MARKERS = ("adapter_config.json", "config.json", "lokr.safetensors")
+#: What an export or a compression writes: --force may replace a folder that holds nothing else.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lokr.safetensors")
 
 
 @contextmanager
-def output_folder(out: str | Path, force: bool, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
+def output_folder(
+    out: str | Path, force: bool, inputs: Sequence[str | Path] = (), written: Sequence[str] = ADAPTER_FILES
+) -> Iterator[Path]:
     """Yield an empty temporary folder, which becomes `out` when the block ends without an error.
 
+    Args:
+        out: the folder to write.
+        force: replace it.
+        inputs: what is read.
+        written: names or patterns of the files that are written.
+
     Raises:
-        ConfigError: `out` holds something and force is not set; is a file; holds anything but an adapter or a model; or
-            is one of the inputs, or around one.
+        ConfigError: `out` holds something and force is not set; is a file; holds anything that is not `written`; or is
+            one of the inputs, or around one.
     """
-    check_output(out, force, inputs)
+    check_output(out, force, inputs, written)
     with whole_folder(Path(out)) as partial:
         yield partial
         for file in partial.rglob("*"):
@@ -52,7 +61,9 @@ def _umask() -> int:
     return mask
 
 
-def check_output(out: str | Path, force: bool, inputs: Sequence[str | Path] = ()) -> None:
+def check_output(
+    out: str | Path, force: bool, inputs: Sequence[str | Path] = (), written: Sequence[str] = ADAPTER_FILES
+) -> None:
     """Raise as `output_folder` does, before any work is done."""
     folder = Path(out)
     for given in map(Path, inputs):
@@ -62,9 +73,21 @@ def check_output(out: str | Path, force: bool, inputs: Sequence[str | Path] = ()
         return
     if not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a folder.")
-    if not any((folder / name).is_file() for name in MARKERS):
+    others = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not (entry.is_file() and any(fnmatch(entry.name, pattern) for pattern in written))
+    )
+    if others:
         raise ConfigError(
-            f"--out {folder} holds files that are neither an adapter's nor a model's; choose another folder."
+            f"--out {folder} holds {_some(others)}, which this command does not write and does not delete. Choose "
+            "another folder."
         )
     if not force:
         raise ConfigError(f"--out {folder} exists. Choose another folder, or replace it with --force (force=True).")
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

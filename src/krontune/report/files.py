@@ -30,17 +30,32 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; when the block ends without an error, it replaces `path`."""
+    """Yield an empty temporary folder; when the block ends without an error, it replaces `path`, or what a link there
+    leads to."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
+        _take_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """Give `new` the name `path`. What had it is set aside first and deleted last: a failure between loses neither."""
+    if not path.exists():
+        new.replace(path)
+        return
+    old = new.with_name(f"{new.name}.old")
+    path.replace(old)
+    try:
+        new.replace(path)
+    except BaseException:
+        old.replace(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
