@@ -64,7 +64,10 @@ def command(
     quiet_libraries(progress=False)
     with one_line_errors():
         from krontune.plan import find_targets, parse_shapes, plan
+        from krontune.plan.planner import config_file
 
+        if out is not None:
+            config_file(out, force)  # a name that is taken is said now, not after the work
         opened = open_model(model, task)
         settings = matching(target_modules, exclude_modules, layers, task)
         if train_norms:

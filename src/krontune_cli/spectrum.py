@@ -25,6 +25,9 @@ from krontune_cli.terminal import console, one_line_errors, print_json, quiet_li
 if TYPE_CHECKING:
     from krontune.plan import Spectrum
 
+#: What is written anew; spectra.jsonl beside them is a cache, and is only added to.
+REPORTS = ("spectrum.json", "report.html")
+
 
 def command(
     model: ModelArgument,
@@ -52,14 +55,12 @@ def command(
     """
     quiet_libraries(progress=False)
     with one_line_errors():
-        from krontune.errors import ConfigError
         from krontune.plan import find_targets, parse_amount, parse_shapes, spectrum_report
         from krontune.report.files import write_json
         from krontune.report.spectrum import write_spectrum_page
 
         folder = out or Path("spectrum-" + re.sub(r"[^\w.-]+", "-", model).strip("-."))
-        if (folder / "spectrum.json").exists() and not force:
-            raise ConfigError(f"{folder}/spectrum.json exists. Choose another --out, or overwrite it with --force.")
+        _check_output(folder, force)
         wanted = parse_shapes(shapes)
         opened = open_model(model)
         settings = matching(target_modules or "all-linear", exclude_modules, layers, None)
@@ -70,12 +71,22 @@ def command(
         spectrum_report([], rule, theta, None, limit)  # a wrong rule is said now, not after the work
         found = _compute(opened, targets, wanted, terms, channel_sort, folder / "spectra.jsonl")
         report = {"model": model, **spectrum_report(found, rule, theta, None, limit)}
-        write_json(folder / "spectrum.json", report)
-        write_spectrum_page(folder / "report.html", report, model)
+        write_json(folder / REPORTS[0], report)
+        write_spectrum_page(folder / REPORTS[1], report, model)
         if as_json:
             print_json({"output": str(folder), **report})
         else:
             _show(report, folder)
+
+
+def _check_output(folder: Path, force: bool) -> None:
+    from krontune.errors import ConfigError
+
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder.")
+    there = [name for name in REPORTS if (folder / name).exists()]
+    if there and not force:
+        raise ConfigError(f"{folder}/{there[0]} exists. Choose another --out, or overwrite it with --force.")
 
 
 def _compute(

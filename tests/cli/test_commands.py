@@ -71,6 +71,23 @@ def test_nothing_is_overwritten_without_force(name: str, at_work: Path) -> None:
     assert run(*line, "--force")[0] == 0
 
 
+@pytest.mark.parametrize("name", WRITING)
+def test_a_file_is_no_folder(name: str, at_work: Path) -> None:
+    Path("out").write_text("years of work")
+    code, stdout, stderr = run(*WRITING[name].split(), "--force")
+    assert (code, stdout) == (2, "")
+    assert "--out out is a file" in stderr and stderr.count("\n") == 1
+    assert Path("out").read_text() == "years of work"
+
+
+def test_every_report_of_a_spectrum_is_kept_without_force(at_work: Path) -> None:
+    Path("out").mkdir()
+    Path("out/report.html").write_text("years of work")
+    code, _, stderr = run(*WORKING["spectrum"].split())
+    assert code == 2 and "out/report.html exists" in stderr
+    assert Path("out/report.html").read_text() == "years of work"
+
+
 @pytest.mark.parametrize(
     ("config", "budget"),
     [(LlamaConfig(), "0.99M"), (RobertaConfig(vocab_size=50265), "0.3M")],

@@ -34,7 +34,13 @@ DTYPES = {
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
 #: What a merge writes beside the shards, which have the base's names.
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "model.gguf", *_TOKENIZER_FILES)
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "model.gguf",
+    *_TOKENIZER_FILES,
+)
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,28 @@ class Plan:
             force: overwrite what is there.
 
         Raises:
-            ConfigError: the file exists and force is not set.
+            ConfigError: the file exists and force is not set, or a folder's name is a file's.
         """
-        file = Path(path)
-        if file.suffix != ".json":
-            file = file / "adapter_config.json"
-        if file.exists() and not force:
-            raise ConfigError(f"{file} exists. Choose another name, or overwrite it with --force (force=True).")
+        file = config_file(path, force)
         write_json(file, config_dict(self.config))
         return file
+
+
+def config_file(path: str | Path, force: bool = False) -> Path:
+    """The file that a plan is written to: `path`, or the adapter_config.json in that folder.
+
+    Raises:
+        ConfigError: it exists and force is not set, or a folder's name is a file's, or the other way round.
+    """
+    given = Path(path)
+    file = given if given.suffix == ".json" else given / "adapter_config.json"
+    if file != given and given.exists() and not given.is_dir():
+        raise ConfigError(f"--out {given} is a file. Name a .json file, or a folder for an adapter_config.json.")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder. Choose another name.")
+    if file.exists() and not force:
+        raise ConfigError(f"{file} exists. Choose another name, or overwrite it with --force (force=True).")
+    return file
 
 
 def plan(
