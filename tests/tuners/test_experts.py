@@ -176,3 +176,45 @@ def test_errors(tiny, method):
     with pytest.raises(ConfigError, match=r"adapter_names .* does not work with target_parameters"):
         model(torch.ones(3, 4, dtype=torch.long), adapter_names=names)
     assert_same_tensors(base_weights(model), before)
+
+
+class Mixer(nn.Module):
+    """As Mamba's: a linear beside a bare parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj = nn.Linear(8, 12)
+        self.A_log = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x):
+        return self.in_proj(x) + x @ self.A_log.T
+
+
+def test_a_linear_inside_the_owner_of_a_parameter(net, method, tmp_path):
+    """Its path has a base_layer that its name has not; further adapters reach it, and files bring it back."""
+    config = method(target_modules=["in_proj"], target_parameters=["layer.A_log"], rank_pattern={"layer.in_proj": 2})
+    base, x = net(Mixer()), torch.randn(3, 8)
+    model = adapted(copy.deepcopy(base), config)
+    model.add_adapter("other", copy.deepcopy(config))
+    train_a_little(model, "other", seed=1)
+    for name in ("default", "other"):
+        assert model.peft_config[name].resolved.keys() == {"layer.in_proj", "layer.A_log"}
+        model.set_adapter(name)
+        inner, outer = (one for _, one in sorted(kron_layers(model).items(), reverse=True))
+        weight = base.layer.in_proj.weight.double() + true_delta(inner, name)
+        expected = x.double() @ (weight + base.layer.A_log.double() + true_delta(outer, name)).T
+        expected = expected + base.layer.in_proj.bias.double()
+        torch.testing.assert_close(model(x).double(), expected, **tolerance(torch.float32))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    again.load_adapter(tmp_path / "other", "other")
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        again.set_adapter(name)
+        assert_same_tensors(adapter_tensors(again, name), adapter_tensors(model, name))
+        assert torch.equal(again(x), model(x))
+    model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    plain = model.merge_and_unload(adapter_names=["sum"])
+    assert not kron_layers(plain)
+    again.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(plain(x), again(x), **tolerance(torch.float32))

@@ -312,6 +312,14 @@ class KronLayer(_peft.BaseTunerLayer):
         if original["state"] is not None:
             vars(base.state).update(original["state"])
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """PEFT calls this to take the adapters off: the base layer, with them in its weight if `merge`."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return type(self.host).__name__ in ("LinearHost", "Conv1DHost")
 
@@ -361,16 +369,26 @@ class ParameterLayer(KronLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """PEFT calls this to take the wrapper off, and every wrapper nested inside it."""
+        """PEFT calls this to take off the wrapper, those nested in it, and adapters inside, which it does not find."""
         layer: nn.Module = self
         while isinstance(layer, ParameterLayer):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer = layer.base_layer
+        _unload_children(layer, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         return layer
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
+
+
+def _unload_children(module: nn.Module, **how: Any) -> None:
+    """Take the adapters off all modules below one; `how` as for unload_and_optionally_merge_module."""
+    for name, child in list(module.named_children()):
+        if hasattr(child, "unload_and_optionally_merge_module"):
+            setattr(module, name, child.unload_and_optionally_merge_module(**how))
+        else:
+            _unload_children(child, **how)
 
 
 class _Added(nn.Module):

@@ -80,6 +80,8 @@ class KronModel(_peft.BaseTuner):
                 saved = config.modules_to_save or []
                 config.modules_to_save = [*saved, *norm_names(model, saved)]
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if state_dict is None:
+                self._adapt_inside_wrappers(config, adapter_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._fill(config, adapter_name, twin)
         except BaseException:  # Ctrl-C during a long KPSVD, too
@@ -132,9 +134,17 @@ class KronModel(_peft.BaseTuner):
             layer.is_tied = id(layer.base_parameter) in self._tied
             self._replace_module(parent, target_name, layer, target)
             target = layer
-        if parameter_name:
-            current_key = re.sub(r"\.base_layer(?=\.|$)", "", current_key)
-        self._targets[current_key] = target
+        self._targets[_unwrapped(current_key)] = target
+
+    def _adapt_inside_wrappers(self, config: KronConfig, adapter_name: str) -> None:
+        """Match the modules inside the owners of wrapped parameters: PEFT passes over them for a further adapter."""
+        wrappers = [(path, m) for path, m in self.model.named_modules() if isinstance(m, ParameterLayer)]
+        for path, wrapper in wrappers:
+            for key, parent, child_name, child in list(_modules_inside(wrapper.base_layer, _unwrapped(path))):
+                if self._check_target_module_exists(config, key):
+                    self._create_and_replace(config, adapter_name, child, child_name, parent, current_key=key)
+        if wrappers:  # what has been wrapped just now does not know yet which adapters are active
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _fill(self, config: KronConfig, adapter_name: str, twin: str | None) -> None:
         """Phase two: sizes, start and factors of every module that was matched.
@@ -311,9 +321,23 @@ class KronModel(_peft.BaseTuner):
         """(name of the module or parameter in the base model, path of its layer in this one, layer)."""
         for path, module in self.model.named_modules():
             if isinstance(module, ParameterLayer):
-                yield f"{path.replace('.base_layer', '')}.{module.parameter_name}", path, module
+                yield f"{_unwrapped(path)}.{module.parameter_name}", path, module
             elif isinstance(module, KronLayer):
-                yield path, path, module
+                yield _unwrapped(path), path, module
+
+
+def _modules_inside(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(full name, parent, name, module) of all below a module but parameters' wrappers and adapter layers' parts."""
+    for name, child in module.named_children():
+        if not isinstance(child, ParameterLayer):
+            yield f"{prefix}.{name}", module, name, child
+        if not isinstance(child, KronLayer):
+            yield from _modules_inside(child, f"{prefix}.{name}")
+
+
+def _unwrapped(path: str) -> str:
+    """The name in the base model of what has this path here: a module inside a parameter's owner is one level down."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", path)
 
 
 def _entry(base: dict, resolved: Resolved, name: str, path: str) -> dict:
