@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from krontune.convert.lokr_factors import lokr_update
+from krontune.convert.stored import Stored, lokr_matrix, lora_matrix
 from krontune.convert.updates import LoraUpdate, LsrUpdate, Update, soka_update
 from krontune.errors import CheckpointError, ConfigError
 from krontune.kron import ChannelOrder
 from krontune.tuners import LsrConfig, SokaConfig
 from krontune.tuners._peft import SAFETENSORS_WEIGHTS_NAME
 from krontune.tuners.base_model import pattern_value
+from krontune.tuners.checkpoint import check_adapter_file, check_config
 
 PREFIX = "base_model.model."
 METHODS = {LsrConfig: "lsr", SokaConfig: "soka", LoraConfig: "lora", LoKrConfig: "lokr"}
@@ -35,6 +37,7 @@ class Adapter:
     method: str  # "lsr", "soka", "lora" or "lokr"
     modules: dict[str, list[str]]  # {module: its tensors' names in the file, after the module's own}
     others: list[str] = field(default_factory=list)  # keys of modules_to_save and biases
+    matrices: dict[str, tuple[int, int]] = field(default_factory=dict)  # {module: (m, n)}, of a LoRA or LoKr
 
     @property
     def file(self) -> Path:
@@ -90,7 +93,8 @@ class Adapter:
         if self.method in ("lsr", "soka"):
             return dict(self.config.resolved[name])
         fan_in_fan_out = bool(getattr(self.config, "fan_in_fan_out", False))
-        return {"layer": "conv1d" if fan_in_fan_out else "linear", **self._stored_layer(name)}
+        kind = {"layer": "conv1d" if fan_in_fan_out else "linear", **self._stored_layer(name)}
+        return {**kind, "shape": list(self.matrices[name])}
 
     # ---------------------------------------------------------------------------------------------------- each method
 
@@ -162,11 +166,14 @@ def open_adapter(path: str | Path) -> Adapter:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: the adapter's weights are missing.")
-    keys = _keys(file)
+    if method in ("lsr", "soka"):
+        check_config(config, str(folder / "adapter_config.json"))
+        check_adapter_file(config, str(folder))
+    shapes = {key.removeprefix(PREFIX): shape for key, shape in stored_shapes(file).items()}
     modules: dict[str, list[str]] = {}
     others = []
     names = {} if method not in ("lsr", "soka") else {e.get("path", n): n for n, e in (config.resolved or {}).items()}
-    for key in keys:
+    for key in shapes:
         path_, mark, tail = key.rpartition(_MARKS[method])
         if mark:
             modules.setdefault(names.get(path_, path_), []).append(mark + tail)
@@ -174,7 +181,12 @@ def open_adapter(path: str | Path) -> Adapter:
             others.append(key)
     if not modules:
         raise CheckpointError(f"{file} holds no tensor of a {method} adapter.")
-    return Adapter(folder, config, method, modules, others)
+    matrices = {}
+    for name, tails in modules.items() if method in ("lora", "lokr") else ():
+        stored = Stored(f"{file}: {name}", {tail: shapes[name + tail] for tail in tails})
+        r = pattern_value(config.rank_pattern, name, config.r)
+        matrices[name] = lora_matrix(stored, r) if method == "lora" else lokr_matrix(stored, r, config.decompose_factor)
+    return Adapter(folder, config, method, modules, others, matrices)
 
 
 def _load_config(folder: Path) -> Any:
@@ -201,10 +213,14 @@ def _as_float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _keys(file: Path) -> list[str]:
-    """The keys of a weights file without PEFT's prefix, in their order."""
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of a weights file, in its order.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
-            return [key.removeprefix(PREFIX) for key in tensors.keys()]  # noqa: SIM118 (not a dict)
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}. It is truncated or damaged.") from None

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoKrConfig, PeftConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from krontune.convert.adapter import PREFIX, Adapter
+from krontune.convert.adapter import PREFIX, Adapter, stored_shapes
+from krontune.convert.lokr_factors import lokr_shape
 from krontune.convert.output import check_output, output_folder, save_tensors
 from krontune.convert.results import Export, ModuleExport
+from krontune.convert.stored import Stored, lokr_matrix
 from krontune.convert.updates import KronUpdate, Update
 from krontune.errors import CheckpointError, ConfigError
 from krontune.kron import KronShape, nearest_kron
@@ -66,15 +68,11 @@ def open_lycoris(file: str | Path, base: str) -> LycorisFile:
         CheckpointError: the file is damaged, or a name is none of the base's.
     """
     path = Path(file)
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            keys = list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from None
-    if any(key.endswith(".dora_scale") for key in keys):
+    shapes = stored_shapes(path)
+    if any(key.endswith(".dora_scale") for key in shapes):
         raise ConfigError(f"{path} uses DoRA, which is more than a plain update. It cannot be converted.")
     modules: dict[str, list[str]] = {}
-    for key in keys:
+    for key in shapes:
         stored, mark, tail = key.rpartition(_MARK)
         if mark:
             modules.setdefault(stored, []).append(mark + tail)
@@ -84,7 +82,11 @@ def open_lycoris(file: str | Path, base: str) -> LycorisFile:
     names = {stored: _plain_name(stored, known, path) for stored in modules}
     config = LoKrConfig(base_model_name_or_path=base)
     by_name = {names[stored]: tails for stored, tails in modules.items()}
-    return LycorisFile(path.parent, config, "lokr", by_name, [], {n: s for s, n in names.items()}, path)
+    matrices = {
+        names[stored]: lokr_matrix(Stored(f"{path}: {stored}", {tail: shapes[stored + tail] for tail in tails}))
+        for stored, tails in modules.items()
+    }
+    return LycorisFile(path.parent, config, "lokr", by_name, [], matrices, {n: s for s, n in names.items()}, path)
 
 
 def _plain_name(stored: str, known: dict[str, str], path: Path) -> str:
@@ -166,29 +168,6 @@ def export_lokr(
         modules.append(ModuleExport(name, 1, term.error, norm))
     config = LoKrConfig(r=whole_rank, alpha=whole_rank, decompose_factor=factor, **_common(adapter))
     return _write(adapter, out, "lycoris" if lycoris else "lokr", tensors, None if lycoris else config, modules, force)
-
-
-def lokr_shape(m: int, n: int, factor: int = -1, lycoris: bool = False) -> KronShape:
-    """The shapes that LoKr gives a weight: a left factor of `factor`, else the smaller of two near-equal ones.
-
-    >>> lokr_shape(768, 3072), lokr_shape(768, 768, 4)
-    (KronShape(m1=24, n1=48, m2=32, n2=64), KronShape(m1=4, n1=4, m2=192, n2=192))
-
-    Args:
-        m: rows of the weight.
-        n: columns of the weight.
-        factor: PEFT's decompose_factor, LyCORIS's factor; -1 takes near-equal factors.
-        lycoris: LyCORIS puts the smaller factor left in any case, PEFT a factor that divides the size.
-    """
-    m1, n1 = (_left_size(size, factor, lycoris) for size in (m, n))
-    return KronShape(m1, n1, m // m1, n // n1)
-
-
-def _left_size(size: int, factor: int, lycoris: bool) -> int:
-    if factor > 0 and size % factor == 0:
-        return min(factor, size // factor) if lycoris else factor
-    limit = factor if factor > 0 else size
-    return max(d for d in range(1, int(size**0.5) + 1) if size % d == 0 and d <= limit)
 
 
 def _decompose_factor(updates: Iterable[Update], lycoris: bool) -> int:
