@@ -111,6 +111,54 @@ def test_reference_solutions_of_mbpp_pass_and_those_of_other_tasks_fail(shared_d
     assert not any(verdict["correct"] for verdict in judge(TASKS["mbpp"], rows, solved[1:] + solved[:1]))
 
 
+ADD = "def add(a, b):\n    return a + b\n"
+EXAMPLE = "\n```python\nassert add(1, 2) == 4\n```\n"
+ANSWERS_WITH_FENCES = {
+    "closed, not opened": ADD + "```\n",
+    "closed, then an example": ADD + "```\nFor example:" + EXAMPLE,
+    "capital": f"Sure:\n```Python\n{ADD}```",
+    "with a version": f"Sure:\n```python3\n{ADD}```",
+    "with a space": f"Sure:\n``` python\n{ADD}```",
+    "with attributes": f'Sure:\n```python title="add.py"\n{ADD}```',
+    "of Windows": f"Sure:\n```python\n{ADD}```\nDone.".replace("\n", "\r\n"),
+    "without a language": f"Sure:\n```\n{ADD}```",
+    "without an end": f"Sure:\n```python\n{ADD}",
+    "without a language or an end": f"Sure:\n```\n{ADD}",
+    "in the second block": f"Such that:{EXAMPLE}\nit is\n```python\n{ADD}```\n",
+    "after output": f"It prints\n```\n3\n```\nby\n```\n{ADD}```\n",
+    "after a shell's": f"```bash\npip install add\n```\n```py\n{ADD}```\n",
+    "before an example": f"```python\n{ADD}```\nSo:{EXAMPLE}",
+    "in a list": "1. Write\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
+    "of four ticks": f"````python\n{ADD}````",
+    "a name for a function": "```python\nadd = lambda a, b: a + b\n```",
+    "fences within a line": ADD + "\n# ```add(1, 2)``` is 3\n",
+}
+
+
+@linux
+@pytest.mark.parametrize("name", ["mbpp", "humaneval"])
+@pytest.mark.parametrize("text", ANSWERS_WITH_FENCES.values(), ids=ANSWERS_WITH_FENCES)
+def test_right_code_is_found_between_fences(name: str, text: str) -> None:
+    verdict = judge(TASKS[name], [MBPP if name == "mbpp" else HUMANEVAL], [text])[0]
+    assert verdict["correct"], verdict
+
+
+@linux
+@pytest.mark.parametrize(
+    "text",
+    [
+        "    return a + b\n```\n",
+        "    return a + b\n```\nFor example:" + EXAMPLE,
+        "\n    return a + b\n```\nSo it prints\n```\n3\n```\n",
+        "```python\n    return a + b\n```",
+        "Its body:\n```\n    return a + b\n```\nSo:" + EXAMPLE,
+    ],
+)
+def test_a_function_s_body_is_found_between_fences(text: str) -> None:
+    verdict = judge(TASKS["humaneval"], [HUMANEVAL], [text])[0]
+    assert verdict["correct"], verdict
+
+
 def test_a_program_holds_all_tests_and_nothing_after_the_answer() -> None:
     text = program(TASKS["mbpp"], {**MBPP, "test_setup_code": "import math"}, "x = 1\nassert False")
     assert text == "x = 1\n\nimport math\n\nassert add(1, 2) == 3\n\nassert add(0, 0) == 0\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Collection, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -16,7 +17,10 @@ from .tasks import Row, Task
 # Where an answer is announced: GSM8K's own mark, and the words of MetaMathQA; otherwise the last number counts.
 ANNOUNCED = re.compile(r"(?:####|the answer is:?)(.*)", re.IGNORECASE)
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+# A line that opens or closes a fenced block; a pair of fences within a line is none.
+FENCE = re.compile(r"^[ \t]*`{3,}[^`\n]*\n?", re.MULTILINE)
+DEFINED = re.compile(r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*=", re.MULTILINE)
+CALLED = re.compile(r"(\w+)[ \t]*\(")
 MATH_TIMEOUT_S = 5
 
 
@@ -73,16 +77,38 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 
 def program(task: Task, row: Row, text: str) -> str:
-    """The program that passes if the answer is right: the code of the answer, then the row's tests.
-
-    A fenced block, as chat models write it, is taken alone; otherwise the text up to the task's stop strings.
-    """
-    fenced = FENCED.search(text)
-    code = fenced[1] if fenced else cut(text, task.stop)
+    """The program that passes if the answer is right: the code of the answer, then the row's tests."""
+    tested = {row["entry_point"]} if task.name == "humaneval" else set(CALLED.findall("\n".join(row["test_list"])))
+    code, fenced = answer_code(text.replace("\r\n", "\n"), tested, task.stop)
     if task.name == "humaneval":
         between = "\n" if fenced else ""
         return f"{row['prompt']}{between}{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
     return "\n\n".join([code, row.get("test_setup_code") or "", *row["test_list"]]) + "\n"
+
+
+def answer_code(text: str, tested: Collection[str], stop: Sequence[str]) -> tuple[str, bool]:
+    """The code in an answer, and whether it stood in a fenced block, as chat models write it.
+
+    Of the parts between fences, the first that defines a name in `tested`; whether a fence opens or closes is not
+    asked, since a continuation of the prompt may end in a fence that it did not open. Where no part does, an answer
+    that begins indented goes on with a function of the prompt, and otherwise the first block counts. What is not in a
+    block ends at the first of the `stop` strings.
+    """
+    before, *blocks = FENCE.split(text)
+    plain = cut(before, stop)
+    if _defines(plain, tested):
+        return plain, False
+    for block in map(textwrap.dedent, blocks):  # a block in a list is indented
+        if _defines(block, tested):
+            return block, True
+    written = [block for block in blocks if block.strip()]
+    if written and not before.lstrip("\n").startswith((" ", "\t")):
+        return written[0], True
+    return plain, False
+
+
+def _defines(code: str, names: Collection[str]) -> bool:
+    return any(function in names or variable in names for function, variable in DEFINED.findall(code))
 
 
 def judge(
