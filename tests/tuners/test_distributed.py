@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from krontune import SokaConfig
+from krontune import SokaConfig, preprocess_gradient
 from tests.tuners.conftest import build
 from tests.tuners.helpers import METHODS, TARGETS, adapted, adapter_tensors
 
@@ -91,6 +91,33 @@ torch.save(out, f"{sys.argv[1]}/rank{rank}.pt")
 dist.destroy_process_group()
 """
 
+GRADIENT = """
+import os, sys, torch
+import torch.distributed as dist
+from krontune import ConfigError, preprocess_gradient
+from tests.tuners.helpers import adapter_tensors
+from tests.tuners.test_distributed import METHODS, TARGETS, from_gradient, rows
+
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+out = {method: adapter_tensors(from_gradient(method, rows(0)[rank : rank + 1])) for method in METHODS}
+try:
+    from_gradient("soka", rows(0)[:1], scale=float("nan") if rank else 1.0)
+except ConfigError as error:
+    out["error"] = str(error)
+torch.save(out, f"{sys.argv[1]}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def from_gradient(method: str, ids: torch.Tensor, scale: float = 1.0):
+    """A model with the gradient start of these rows."""
+    model, config = build("llama"), METHODS[method](target_modules=TARGETS, init_weights="gradient")
+    preprocess_gradient(model, config, lambda: (scale * model(input_ids=ids, labels=ids).loss).backward())
+    torch.manual_seed(7)
+    return adapted(model, config, trained=False)
+
+
 two_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
@@ -138,6 +165,16 @@ def test_two_processes_do_as_one(tmp_path, request):
         for name, expected in adapter_tensors(model).items():
             torch.testing.assert_close(outputs[0][method][name], expected, rtol=1e-4, atol=1e-6, msg=name)
             assert torch.equal(outputs[0][method][name], outputs[1][method][name])
+
+
+@two_processes
+def test_two_processes_start_from_their_mean_gradient(tmp_path, request):
+    ranks = outputs_of_two(GRADIENT, tmp_path, request.config.rootpath)
+    for method in METHODS:
+        for name, expected in adapter_tensors(from_gradient(method, rows(0))).items():
+            assert torch.equal(ranks[0][method][name], ranks[1][method][name]), name
+            torch.testing.assert_close(ranks[0][method][name], expected, rtol=1e-2, atol=1e-3, msg=name)
+    assert all("holds NaN or Inf" in rank["error"] for rank in ranks)
 
 
 def _free_port() -> int:

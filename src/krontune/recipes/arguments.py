@@ -63,7 +63,7 @@ def trainer_arguments(
     common: dict[str, Any] = {
         "learning_rate": LEARNING_RATES.get(config.method.name.lower(), LEARNING_RATE),
         "dataloader_pin_memory": on_gpu(settings),
-        "ddp_broadcast_buffers": False,  # buffers are frozen and equal everywhere
+        "ddp_broadcast_buffers": False,  # frozen, and equal everywhere: one seed, one base, one mean gradient
         "disable_tqdm": True,  # krontune.recipes.callbacks has a bar of its own
     }
     if config.data.task or config.data.eval or config.data.eval_split:

@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from peft import PeftConfig
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments, set_seed
 
 from krontune import preprocess_gradient
 
@@ -19,7 +19,9 @@ EXAMPLES = 128
 def prepare_gradient_start(method: PeftConfig, learner: Learner, args: TrainingArguments) -> None:
     """Leave the mean gradient of the first `EXAMPLES` rows on the model for get_peft_model to take.
 
-    Does nothing for a method without that start. The loss is the trainer's own: same rendering, same mask.
+    Does nothing for a method without that start. The loss is the trainer's own: same rendering, same mask. Several
+    processes share the rows out and all keep the mean; what dropout drew on each is forgotten, as a start that differed
+    between them would never be made equal again.
     """
     if getattr(method, "init_weights", None) != "gradient":
         return
@@ -33,3 +35,4 @@ def prepare_gradient_start(method: PeftConfig, learner: Learner, args: TrainingA
             trainer.compute_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}).backward()
 
     preprocess_gradient(model, method, train_step)
+    set_seed(args.seed)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from krontune.errors import ConfigError
 from krontune.tuners import _peft
+from krontune.tuners.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
     from krontune.tuners.base_config import KronConfig
@@ -25,6 +26,9 @@ def preprocess_gradient(model: nn.Module, config: KronConfig, train_step: Callab
     Runs `train_step` with gradients enabled for the weights that `config` adapts, and for those alone, then keeps the
     sum of their gradients (its scale does not matter) until get_peft_model takes it. A few batches, 64 to 256 examples
     in all, are enough. The model is put in train mode for the time and left as it was, weights included.
+
+    Where torch.distributed is initialised, every rank must call it, each with batches of its own: the mean over the
+    ranks is kept, so that all start alike (the random numbers that a start also draws are the caller's to seed).
 
     Args:
         model: the base model, not yet wrapped.
@@ -63,7 +67,10 @@ def preprocess_gradient(model: nn.Module, config: KronConfig, train_step: Callab
 
 def _keep_gradients(model: nn.Module, targets: dict[str, nn.Parameter]) -> None:
     for name, parameter in targets.items():
-        if parameter.grad is None:
+        # Before any check: a rank that raised would leave the others waiting, and NaN reaches them all in the mean.
+        reached = mean_over_ranks(torch.full((1,), float(parameter.grad is not None), device=parameter.device))
+        parameter.grad = mean_over_ranks(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        if not reached.item():
             raise ConfigError(f"No gradient reached {name}. train_step must run loss.backward() through the model.")
         if not bool(torch.isfinite(parameter.grad).all()):
             raise ConfigError(f"The gradient of {name} holds NaN or Inf. Use float32 or bfloat16 and a finite loss.")

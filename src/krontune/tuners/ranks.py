@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from krontune.errors import ConfigError, KrontuneError
 
@@ -32,6 +34,17 @@ def spread_over_ranks() -> Iterator[None]:
         yield
     finally:
         _spreading.reset(token)
+
+
+@torch.no_grad()
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of the ranks' tensors, summed in float32, with equal bits on all; the tensor itself without a group."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world == 1:
+        return tensor
+    total = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    dist.all_reduce(total)
+    return (total / world).to(tensor.dtype)
 
 
 def shared_out(items: Mapping[str, T], work: Callable[[T], R], watch: Callable = iter) -> dict[str, R]:
