@@ -173,3 +173,24 @@ def test_wrong_files_are_said(base: Path, adapters: dict[str, Path], tmp_path: P
         export(tmp_path / "odd.safetensors", tmp_path / "out", to="soka", base=str(base))
     assert open_adapter(adapters["lokr"]).method == "lokr"
     assert not (tmp_path / "out").exists()
+
+
+def test_modules_of_other_kinds_are_not_dropped(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "in.safetensors"
+    lycoris_file(file)
+    other = "lycoris_" + NAME.replace(".", "_").replace("q_proj", "k_proj")
+    save_file(
+        load_file(file) | {f"{other}.lora_down.weight": torch.ones(2, 16), f"{other}.alpha": torch.ones(())}, file
+    )
+    with pytest.raises(ConfigError, match=f"2 tensors that belong to no LoKr module, such as '{other}"):
+        export(file, tmp_path / "out", to="soka", base=str(base))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["lycoris", "lokr"])
+def test_whole_modules_are_kept_or_their_loss_is_said(to: str, base: Path, tmp_path: Path) -> None:
+    config = LoKrConfig(r=64, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    result = export(save_adapter(tmp_path / "lokr", base, config), tmp_path / "out", to=to)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert any("lm_head" in key for key in load_file(file)) == (to == "lokr")
+    assert [note[:30] for note in result.notes] == (["1 tensors of whole modules or b"[:30]] if to == "lycoris" else [])

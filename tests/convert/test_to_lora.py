@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +169,29 @@ def test_what_is_not_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
     dora = save_adapter(tmp_path / "dora", base, LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="use_dora"):
         open_adapter(dora)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable_token_indices": [1, 2]},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"use_qalora": True},
+        {"use_bdlora": {"nblocks": 1}},
+        {"arrow_config": {"top_k": 3}},
+        {"kasa_config": {"beta": 1e-4}},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_lora_with_more_than_a_product_is_refused(settings: dict, adapters: dict[str, Path], tmp_path: Path) -> None:
+    (name,) = settings
+    if name not in {field.name for field in dataclasses.fields(LoraConfig)}:
+        pytest.skip(f"this PEFT has no {name}")
+    config = json.loads((adapters["lora"] / "adapter_config.json").read_text())
+    shutil.copytree(adapters["lora"], tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**config, **settings}))
+    with pytest.raises(ConfigError, match=f"uses {name}"):
+        open_adapter(tmp_path / "adapter")
 
 
 def test_nan_in_a_factor_is_named(adapters: dict[str, Path], tmp_path: Path) -> None:

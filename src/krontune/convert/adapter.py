@@ -27,6 +27,21 @@ METHODS = {LsrConfig: "lsr", SokaConfig: "soka", LoraConfig: "lora", LoKrConfig:
 #: How each method's tensors are called: everything before it is the module's name.
 _MARKS = {"lsr": ".lsr_", "soka": ".soka_", "lora": ".lora_", "lokr": ".lokr_"}
 
+#: Settings of PEFT's LoRA with which the layer is not W + B A, or the model is another one.
+_MORE_THAN_A_PRODUCT = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -200,8 +215,7 @@ def _load_config(folder: Path) -> Any:
 
 def _check_plain(config: LoraConfig, folder: Path) -> None:
     """Refuse what a LoRA can have beside B @ A."""
-    names = ("use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens")
-    extras = [name for name in names if getattr(config, name, None)]
+    extras = [name for name in _MORE_THAN_A_PRODUCT if getattr(config, name, None)]
     if extras:
         raise ConfigError(
             f"{folder} uses {', '.join(extras)}, which is more than a product B A. It cannot be converted."

@@ -27,6 +27,10 @@ from krontune.tuners.soka import SokaSpec
 from krontune.weights import find_model, load_config, meta_model
 
 _MARK = ".lokr_"
+_NOT_IN_LYCORIS = (
+    "tensors of whole modules or biases (modules_to_save) are left out: a LyCORIS file has no place for them. Use "
+    "krontune merge, or --to lokr, which keeps them."
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def open_lycoris(file: str | Path, base: str) -> LycorisFile:
     """Open a LyCORIS file; its names, with "_" for ".", are looked up among the base model's modules.
 
     Raises:
-        ConfigError: no LoKr modules in it, or with DoRA's scale.
+        ConfigError: no LoKr modules in it, or something else too, such as DoRA's scale.
         CheckpointError: the file is damaged, or a name is none of the base's.
     """
     path = Path(file)
@@ -78,6 +82,12 @@ def open_lycoris(file: str | Path, base: str) -> LycorisFile:
             modules.setdefault(stored, []).append(mark + tail)
     if not modules:
         raise ConfigError(f"{path} holds no LoKr module; krontune converts LoKr files of LyCORIS alone.")
+    others = sorted(key for key in shapes if _MARK not in key and key.removesuffix(".alpha") not in modules)
+    if others:
+        raise ConfigError(
+            f"{path} holds {len(others)} tensors that belong to no LoKr module, such as {others[0]!r}, and they would "
+            "be lost. krontune converts LoKr files of LyCORIS alone; make one without other modules."
+        )
     known = {name.replace(".", "_"): name for name, _ in meta_model(load_config(find_model(base))).named_modules()}
     names = {stored: _plain_name(stored, known, path) for stored in modules}
     config = LoKrConfig(base_model_name_or_path=base)
@@ -245,4 +255,6 @@ def _write(
             config.save_pretrained(str(folder))
     n_params = sum(t.numel() for key, t in tensors.items() if _MARK in key or ".soka_d" in key)
     n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    return Export(Path(out), adapter.method, to, modules, n_params, n_bytes)
+    left_out = len(adapter.others) if config is None else 0
+    notes = [f"{left_out} {_NOT_IN_LYCORIS}"] if left_out else []
+    return Export(Path(out), adapter.method, to, modules, n_params, n_bytes, notes=notes)
