@@ -10,6 +10,7 @@ import numpy as np
 from krontune.convert.base import Base
 from krontune.errors import ConfigError
 from krontune.weights import Source, open_weights
+from krontune.weights.reader import gguf_names
 
 #: How the architectures keep attention's rows: "llama" in pairs of rotated halves, the others as transformers does.
 _PAIRED_ROWS = ("llama",)
@@ -19,7 +20,8 @@ _AS_THEY_ARE = ("qwen2", "qwen3", "phi3", "stablelm", "starcoder2")
 def write_gguf(folder: Path, base: Base, changed: set[str], file: Path) -> None:
     """Copy the base's GGUF file with the tensors that the merge changed taken from the merged folder, as float16.
 
-    Unchanged tensors keep their bytes, quantised as they are, and the tokenizer and all other fields go with them.
+    Unchanged tensors keep their bytes, quantised as they are, and the tokenizer and all other fields go with them. What
+    only the merged folder has is added: the head, where it was one tensor with the embedding and no longer is.
 
     Args:
         folder: the merged transformers folder.
@@ -28,7 +30,8 @@ def write_gguf(folder: Path, base: Base, changed: set[str], file: Path) -> None:
         file: the file to write.
 
     Raises:
-        ConfigError: the base is no GGUF file, or of an architecture whose layout is not known here.
+        ConfigError: the base is no GGUF file, of an architecture whose layout is not known here, or the merged folder
+            has a tensor that GGUF has no name for.
     """
     import gguf
 
@@ -41,20 +44,40 @@ def write_gguf(folder: Path, base: Base, changed: set[str], file: Path) -> None:
     for field in reader.fields.values():
         _copy_field(writer, field)
     payload = []
+
+    def add(name: str, data: np.ndarray, kind: Any = None) -> None:
+        if kind is None:  # one of ours
+            kind = gguf.GGMLQuantizationType.F16 if data.dtype == np.float16 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
+        payload.append(data)
+
     for tensor in reader.tensors:
         name = names.get(tensor.name)
-        data, kind = tensor.data, tensor.tensor_type
         if name in changed:
-            data = _gguf_layout(merged.read(name).float().numpy(), tensor.name, base)
-            kind = gguf.GGMLQuantizationType.F16 if data.dtype == np.float16 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, kind)
-        payload.append(data)
+            add(tensor.name, _gguf_layout(merged.read(name).float().numpy(), tensor.name, base))
+        else:
+            add(tensor.name, tensor.data, tensor.tensor_type)
+    for name in merged.names():
+        if name in names.values():
+            continue
+        stored = _gguf_name(architecture, base, name)
+        add(stored, _gguf_layout(merged.read(name).float().numpy(), stored, base))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for data in payload:
         writer.write_tensor_data(data)
     writer.close()
+
+
+def _gguf_name(architecture: str, base: Base, name: str) -> str:
+    stored = {ours: theirs for theirs, ours in gguf_names(architecture, base.model).items()}
+    if name not in stored:
+        raise ConfigError(
+            f"--gguf has no name for {name}, which the adapter brings: llama.cpp would do without it. Serve the merged "
+            "folder with transformers or vLLM."
+        )
+    return stored[name]
 
 
 def check_gguf(base: Base) -> None:

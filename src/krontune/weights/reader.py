@@ -70,7 +70,7 @@ class GgufWeights:
         processor = hf.TENSOR_PROCESSORS.get(architecture, hf.TensorProcessor)
         config: Any = model.config
         self._process = processor(config=config.to_dict()).process
-        renamed = _gguf_names(architecture, model)
+        renamed = gguf_names(architecture, model)
         if any(t.name not in renamed for t in reader.tensors if t.name != "rope_freqs.weight"):
             renamed = hf.get_gguf_hf_weights_map(
                 model, processor()
@@ -109,7 +109,7 @@ class GgufWeights:
         return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _gguf_names(architecture: str, model: nn.Module) -> dict[str, str]:
+def gguf_names(architecture: str, model: nn.Module) -> dict[str, str]:
     """{name in a GGUF file: name in the model}, by the gguf package's own table."""
     import gguf
 
