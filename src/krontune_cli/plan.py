@@ -63,6 +63,7 @@ def command(
     """
     quiet_libraries(progress=False)
     with one_line_errors():
+        from krontune.errors import ConfigError
         from krontune.plan import find_targets, parse_shapes, plan
         from krontune.plan.planner import config_file
 
@@ -72,7 +73,9 @@ def command(
         settings = matching(target_modules, exclude_modules, layers, task)
         if train_norms:
             settings["train_norms"] = True
-        (factor_shape,) = parse_shapes(shape)[:1]
+        factor_shape, *others = parse_shapes(shape)
+        if others:
+            raise ConfigError(f"--p {shape} names {len(others) + 1} factor shapes, and an adapter has one. Leave one.")
         match = find_targets(opened.model, **settings)
         ranks = None
         if method == "soka" and budget is not None and rank is None and not config_only:

@@ -77,6 +77,8 @@ def parse_indices(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise typer.BadParameter(f"{part!r} is not an index or a range such as 0-3.", param_hint="--layers")
+        if int(last or first) < int(first):
+            raise typer.BadParameter(f"{part!r} holds nothing; write {last}-{first}.", param_hint="--layers")
         indices.extend(range(int(first), int(last or first) + 1))
     return indices
 

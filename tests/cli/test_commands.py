@@ -157,6 +157,10 @@ def test_another_base_fails(at_work: Path) -> None:
         ("plan base --channel-sort norm", "channel_sort is SoKA's"),
         ("plan nowhere/at/all --budget 2k", "does not exist"),
         ("plan base --method lora --train-norms", "train_norms is krontune's"),
+        ("plan base --method lora --rank -3", "r is -3; it must be at least 1"),
+        ("plan base --separation-rank 0", "separation_rank is 0; it must be at least 1"),
+        ("plan base --method soka --p 1,2", "names 2 factor shapes"),
+        ("plan base --task FOO", "task type 'FOO' is unknown; allowed: CAUSAL_LM"),
         ("spectrum base --rule best", "rule 'best' is unknown"),
         ("spectrum base --channel-sort size", "'size' is unknown"),
         ("spectrum base --shapes 5x", "not a factor shape"),
@@ -179,6 +183,13 @@ def test_wrong_use_is_exit_code_2_and_one_line(line: str, message: str, at_work:
     assert (code, stdout) == (2, "")
     assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1
     assert sorted(at_work.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["plan", "spectrum"])
+def test_layers_that_run_backwards_are_said(command: str, at_work: Path) -> None:
+    code, stdout, stderr = run(command, "base", "--target-modules", "q_proj", "--layers", "3-0")
+    assert (code, stdout) == (2, "")
+    assert "'3-0' holds nothing; write 0-3" in stderr
 
 
 #: Runs commands where no file can grow beyond 3,000 bytes, which is how a full disk looks to them.

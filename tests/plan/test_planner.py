@@ -153,11 +153,26 @@ def test_given_ranks_are_kept() -> None:
         ({"method": "lora", "factor_shape": 4}, "factor_shape .* is SoKA's"),
         ({"method": "soka", "factor_shape": 7}, "p = 7 does not divide"),
         ({"target_modules": ["nothing"]}, "nothing"),
+        *[({"method": method, "r": r}, f"r is {r}; it must be at least 1") for method in METHODS for r in (0, -3)],
+        ({"separation_rank": 0}, "separation_rank is 0; it must be at least 1"),
+        ({"tokens": 0}, "tokens is 0"),
     ],
 )
 def test_wrong_settings_are_said(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(meta_model(TINY), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"budget": "40k"}, {"budget": "40k", "separation_rank": 1}, {"r": 100}])
+def test_no_rank_is_above_what_the_weight_has(settings: dict, tmp_path) -> None:
+    model = meta_model(TINY)
+    made = plan(model, "lsr", target_modules="all-linear", **settings)
+    assert all(m.spec.r <= min(m.target.m, m.target.n) for m in made.modules)
+    assert trainable(model, made.config) == made.n_params
+    if "r" in settings:
+        assert any("have less than rank 100" in note for note in made.notes)
+    else:
+        assert made.n_params <= made.budget
 
 
 def test_wasteful_and_poorly_used_budgets_are_noted() -> None:

@@ -48,7 +48,11 @@ def even_ranks(unit_costs: Sequence[int], budget: int, caps: Sequence[int]) -> l
 
 
 def lsr_ranks(
-    cost: Callable[[int], Sequence[int]], lora_unit: int, budget: int, r: int | None = None, s: int | None = None
+    cost: Callable[[int], Sequence[int]],
+    lora: Callable[[int], int],
+    budget: int,
+    r: int | None = None,
+    s: int | None = None,
 ) -> tuple[int, list[int]]:
     """The separation rank and every module's rank for LSR.
 
@@ -58,7 +62,7 @@ def lsr_ranks(
 
     Args:
         cost: r -> parameters of each module at separation rank 1.
-        lora_unit: parameters of all modules in a LoRA of rank 1.
+        lora: r -> parameters of all modules in a LoRA.
         budget: parameters in all.
         r: the rank, if it is given.
         s: the separation rank, if it is given.
@@ -75,7 +79,7 @@ def lsr_ranks(
 
     def preference(choice: tuple[int, int]) -> tuple[bool, float, int]:
         rank, terms = choice
-        wasteful, unused = totals[rank] * terms > rank * lora_unit, 1 - totals[rank] * terms / budget
+        wasteful, unused = totals[rank] * terms > lora(rank), 1 - totals[rank] * terms / budget
         if s is not None:  # nothing but the rank is left to choose, so the fullest is right
             return wasteful, unused, -rank
         distance = abs(math.log(terms / (rank * TERMS_PER_RANK)))

@@ -150,7 +150,8 @@ def plan(
         method: "lsr", "soka" or "lora".
         budget: trained parameters of the updates, such as 990000, "0.99M" or "0.5%" of the base; None plans
             the given or default ranks.
-        r: a rank to keep: LSR's and LoRA's rank, SoKA's number of terms.
+        r: a rank to keep: LSR's and LoRA's rank, SoKA's number of terms. LSR and SoKA take less for a weight that
+            has no such rank.
         separation_rank: LSR's s to keep.
         factor_shape: SoKA's; an int is p.
         channel_sort: SoKA's.
@@ -164,7 +165,8 @@ def plan(
         A Plan whose parameter counts are exactly those of the adapter; with a budget, at or under it.
 
     Raises:
-        ConfigError: an unknown method, settings that leave nothing to choose, or a budget below the least possible.
+        ConfigError: an unknown method, a rank below 1, settings that leave nothing to choose, or a budget below the
+            least possible.
 
     >>> from transformers import LlamaConfig
     >>> from krontune.weights import meta_model
@@ -174,6 +176,9 @@ def plan(
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}.")
+    for setting, value in (("r", r), ("separation_rank", separation_rank), ("tokens", tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{setting} is {value}; it must be at least 1, or left out.")
     targets, n_other = match or find_targets(model, **matching)
     base_params = sum(p.numel() for p in model.parameters())
     limit = None if budget is None else parse_amount(budget, whole=base_params)
@@ -194,7 +199,7 @@ def plan(
         )
     else:
         config, modules = _plan_lora(targets, limit, r, common)
-    notes = _notes(modules, limit)
+    notes = _notes(modules, limit, r)
     return Plan(method, config, modules, tokens, base_params, base_weights(model), n_other, limit, notes)
 
 
@@ -208,13 +213,19 @@ def _plan_lsr(
         unit = LsrConfig(separation_rank=1)
 
         def cost(rank: int) -> list[int]:
-            return [unit.spec_for(t.m, t.n, rank, t.experts).n_params for t in targets]
+            return [unit.spec_for(t.m, t.n, _capped(rank, t), t.experts).n_params for t in targets]
 
-        s, ranks = lsr_ranks(cost, sum(_lora(t, 1) for t in targets), budget, r, s)
+        s, ranks = lsr_ranks(cost, lambda rank: sum(_lora(t, _capped(rank, t)) for t in targets), budget, r, s)
+    ranks = [_capped(rank, t) for rank, t in zip(ranks, targets)]
     common_rank = _most_common(ranks)
     pattern = rank_pattern(targets, ranks, common_rank)
     config = LsrConfig(r=common_rank, separation_rank=s, rank_pattern=pattern, **common)
     return config, [ModulePlan(t, config.spec_for(t.m, t.n, k, t.experts)) for t, k in zip(targets, ranks)]
+
+
+def _capped(rank: int, target: Target) -> int:
+    """A rank that the weight can have: no (m, n) matrix has more than min(m, n)."""
+    return min(rank, target.m, target.n)
 
 
 def _plan_soka(
@@ -262,9 +273,14 @@ def _most_common(ranks: Sequence[int]) -> int:
     return min(counts, key=lambda rank: (-counts[rank], rank))
 
 
-def _notes(modules: list[ModulePlan], budget: int | None) -> list[str]:
-    """What a person should know about this plan."""
+def _notes(modules: list[ModulePlan], budget: int | None, r: int | None) -> list[str]:
+    """What a person should know about this plan; `r` is the rank that was asked for."""
     notes = []
+    lower = [module for module in modules if r is not None and module.spec.r < r]
+    if lower:
+        notes.append(
+            f"{len(lower)} of {len(modules)} modules have less than rank {r}: their weights have no such rank."
+        )
     used = sum(module.n_params for module in modules)
     if budget is not None and used < 0.98 * budget:
         notes.append(

@@ -106,8 +106,10 @@ def meta_model(config: PretrainedConfig, task_type: str | None = None) -> nn.Mod
             names, else a causal language model, else the bare model.
 
     Raises:
-        ConfigError: transformers has no such class for this architecture.
+        ConfigError: no such task, or transformers has no such class for this architecture.
     """
+    if task_type is not None and task_type not in AUTO_CLASSES:
+        raise ConfigError(f"task type {task_type!r} is unknown; allowed: {', '.join(AUTO_CLASSES)}.")
     import torch
     import transformers
 
@@ -115,7 +117,7 @@ def meta_model(config: PretrainedConfig, task_type: str | None = None) -> nn.Mod
         named = next((getattr(transformers, a, None) for a in config.architectures or []), None)
         if task_type is None and named is not None:
             return named(config)
-        autos = [AUTO_CLASSES[task_type]] if task_type in AUTO_CLASSES else ["AutoModelForCausalLM", "AutoModel"]
+        autos = [AUTO_CLASSES[task_type]] if task_type is not None else ["AutoModelForCausalLM", "AutoModel"]
         for auto in (getattr(transformers, name) for name in autos):
             if type(config) in auto._model_mapping:
                 return auto.from_config(config)
