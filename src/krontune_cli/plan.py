@@ -149,7 +149,7 @@ def _show(plan: Plan, model: str, from_weights: bool) -> None:
         facts["ranks"] = "from the spectra of the weights" if from_weights else "from shapes alone"
     out = console()
     out.print(_table(kinds, f"{plan.method} on {model}"))
-    out.print(_factors(kinds))
+    out.print(_factors(kinds, plan.method == "soka"))
     for name, fact in facts.items():
         out.print(f"{name:16} {fact}", soft_wrap=True)
     for note in plan.notes:
@@ -184,15 +184,16 @@ def _table(kinds: list[dict[str, Any]], title: str) -> Table:
     return make_table(header, rows, title, text_columns=3)
 
 
-def _factors(kinds: list[dict[str, Any]]) -> Table:
-    """One row a choice of factors; the product's path may differ with the rank."""
+def _factors(kinds: list[dict[str, Any]], soka: bool) -> Table:
+    """One row a choice of factors; the product's path may differ with the rank, and SoKA's with device and dtype."""
     from krontune.report.words import range_text
 
     groups: dict[tuple[str, str, str], list[int]] = {}
     for kind in kinds:
         groups.setdefault((_weight(kind), kind["factors"], kind["path"]), []).append(kind["r"])
     rows = [[weight, range_text(ranks), factors, path] for (weight, factors, path), ranks in groups.items()]
-    return make_table(["weight", "r", "factors", "product"], rows, text_columns=4)
+    expected = "product\n(CPU, float32)" if soka else "product"
+    return make_table(["weight", "r", "factors", expected], rows, text_columns=4)
 
 
 def _weight(kind: dict[str, Any]) -> str:

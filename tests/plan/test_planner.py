@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -9,10 +10,13 @@ from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, RobertaConfig
 
 from krontune.errors import ConfigError
+from krontune.kron.cost import choose_path
 from krontune.plan import Target, find_targets, plan
 from krontune.plan.budget import even_ranks
+from krontune.plan.cost import soka_path
 from krontune.plan.planner import METHODS, config_dict
 from krontune.plan.targets import rank_pattern
+from krontune.tuners.soka import SokaSpec
 from krontune.weights import meta_model
 
 LLAMA_7B = LlamaConfig()  # its defaults are LLaMA2-7B's
@@ -173,6 +177,17 @@ def test_no_rank_is_above_what_the_weight_has(settings: dict, tmp_path) -> None:
         assert any("have less than rank 100" in note for note in made.notes)
     else:
         assert made.n_params <= made.budget
+
+
+def test_sorted_channels_do_not_fold_into_the_weight() -> None:
+    """The merged path then multiplies with the sum apart, which costs a product of the weight's size."""
+    spec = SokaSpec(16, (32, 32), (24, 24))
+    apart = dataclasses.replace(spec, is_sorted=True)
+    folded = soka_path(spec, 2048)
+    assert folded[0] == "merged" and folded[1] < 768 * 768
+    path, macs = soka_path(apart, 2048)
+    assert path == choose_path(2048, spec.shape, 32, 16, fold_weight=False)
+    assert macs > folded[1] and (path != "merged" or macs > 768 * 768)
 
 
 def test_wasteful_and_poorly_used_budgets_are_noted() -> None:

@@ -67,7 +67,7 @@ class ModulePlan:
         return macs
 
     def path(self, tokens: int) -> str:
-        """How the update is applied."""
+        """How the update is applied; SoKA's as the cost model expects on a CPU in float32."""
         if isinstance(self.spec, SokaSpec):
             return soka_path(self.spec, tokens)[0]
         return "build A, B; B(Ax)" if isinstance(self.spec, LsrSpec) else "B(Ax)"
@@ -99,9 +99,13 @@ def training_bytes(modules: Iterable[ModulePlan], n_other: int = 0) -> dict[str,
 
 
 def soka_path(spec: SokaSpec, tokens: int) -> tuple[str, float]:
-    """The product's expected path in training, and its multiply-adds a token in a forward: 2K terms."""
-    path = choose_path(tokens, spec.shape, 2 * spec.r, spec.r)
-    work = path_work(path, tokens, spec.shape, 2 * spec.r, 0)
+    """The expected path in training on a CPU in float32, and its multiply-adds a token in a forward: 2K terms.
+
+    Sorted channels keep the sum apart from the weight, whose channels are not sorted.
+    """
+    fold = not spec.is_sorted
+    path = choose_path(tokens, spec.shape, 2 * spec.r, spec.r, fold_weight=fold)
+    work = path_work(path, tokens, spec.shape, 2 * spec.r, 0, fold_weight=fold)
     return path, (work.gemm + work.batched) / tokens
 
 
