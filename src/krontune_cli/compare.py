@@ -40,7 +40,7 @@ def command(
     quiet_libraries(progress=False)
     with one_line_errors():
         from krontune.recipes.compare.grid import Grid
-        from krontune.recipes.compare.workers import compare
+        from krontune.recipes.compare.workers import compare, labels
 
         wanted = Grid.load(grid, overrides or ())
         folder = output or Path("runs") / wanted.name
@@ -53,7 +53,7 @@ def command(
             )
         from krontune.report.comparison import write_comparison
 
-        for path in write_comparison(folder, wanted.name, wanted.reference):
+        for path in write_comparison(folder, wanted.name, wanted.reference, labels(wanted, folder)):
             typer.echo(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,10 @@ from krontune.errors import CheckpointError, ConfigError
 from krontune.recipes.compare.grid import Grid, resolve_methods, run_spec, sizes
 from krontune.recipes.compare.methods import Method, adapt, parameter_groups, with_knob
 from krontune.recipes.compare.schedule import due
-from krontune.recipes.compare.training import run
+from krontune.recipes.compare.training import load_problem, run
 from krontune.recipes.compare.tuning import best_rate, next_rate
-from krontune.recipes.compare.workers import compare
-from krontune.recipes.problems import Problem, make_problem
-from krontune.recipes.tasks import find_task
+from krontune.recipes.compare.workers import compare, labels
+from krontune.recipes.problems import Problem
 from krontune.recipes.yaml_files import dump_yaml
 from krontune.report.compared import ComparedRun, Journal
 from tests.recipes.tiny_bert import make_data, make_model
@@ -64,10 +64,12 @@ def make_grid(folder: Path, **changes: Any) -> Grid:
     return Grid.from_mapping(raw_grid(folder, **changes))
 
 
+def reference_row(**changes: Any) -> dict[str, Any]:
+    return {"label": "LoRA", "method": {"name": "lora"}, "rate": 1e-2, **changes}
+
+
 def load(grid: Grid, task: str = "sst2") -> Problem:
-    problem = make_problem(find_task(task), grid.model)
-    problem.load(grid.data_dir, 16, None, grid.tuning.rows, None)
-    return problem
+    return load_problem(grid, task)
 
 
 # ----------------------------------------------------------------------------------------------------------- the grid
@@ -114,6 +116,10 @@ def test_budgets_are_met_from_below_and_counted_on_the_real_model(folder: Path) 
         ({"training": {"step": 3}}, "training.step"),
         ({"per_task": {"sst2": {"stops": 3}}}, "stops"),
         ({"tuning": {"tasks": ["cola"]}}, "not among the tasks"),
+        ({"tasks": ["humaneval"]}, "no rows for training"),
+        ({"methods": [reference_row(budget=["100", "200"])]}, "one size"),
+        ({"methods": [reference_row(budget="0.5x")]}, "no share of itself"),
+        ({"methods": [reference_row(norms=[True, False])]}, "put false first"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -128,6 +134,38 @@ def test_a_budget_that_cannot_be_met_is_an_error(folder: Path) -> None:
     ]
     with pytest.raises(ConfigError, match="above the budget of 10"):
         resolve_methods(make_grid(folder, methods=rows))
+
+
+def test_shares_are_of_the_reference_as_it_is_sized(folder: Path) -> None:
+    """With its own budget and its norms."""
+    rows = [reference_row(budget=600, norms=True), {**reference_row(budget="1x", norms=True), "label": "LoRA 1x"}]
+    grid = make_grid(folder, methods=[rows[0], {**rows[1], "method": "lsr"}])
+    counts = sizes(grid, resolve_methods(grid))
+    assert counts["LoRA"] <= 600
+    assert counts["LoRA 1x"] <= counts["LoRA"]
+    half = make_grid(folder, methods=[reference_row(norms=True), {**rows[1], "budget": "0.5x", "method": "lsr"}])
+    found = sizes(half, resolve_methods(half))
+    assert found["LoRA 1x"] <= 0.5 * found["LoRA"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"label": "again", "method": {"name": "lora", "r": 8}, "budget": "1x", "rate": 1e-3},
+        {"label": "LoRA + norms", "method": {"name": "lora", "r": 2}, "rate": 1e-3},
+    ],
+)
+def test_no_two_methods_are_the_same(folder: Path, other: dict[str, Any]) -> None:
+    """They would be one run with two names, or two with one."""
+    grid = make_grid(folder, methods=[reference_row(method={"name": "lora", "r": 8}, norms=[False, True]), other])
+    with pytest.raises(ConfigError, match="are the same method; leave one of them out"):
+        resolve_methods(grid)
+
+
+def test_one_method_at_two_rates_is_two_methods(folder: Path) -> None:
+    rows = [{**reference_row(rate=rate, tuned=False), "label": f"LoRA {rate}"} for rate in (1e-3, 1e-2)]
+    methods = resolve_methods(make_grid(folder, methods=rows, reference="LoRA 0.01"))
+    assert [method.rate for method in methods] == [1e-3, 1e-2]
 
 
 # ---------------------------------------------------------------------------------------------------------- the search
@@ -185,6 +223,31 @@ def test_tuning_rows_are_never_trained_or_reported_on(folder: Path) -> None:
     train = (folder / "data/sst2/train.jsonl").read_text().splitlines()
     encoded = [problem.encode(json.loads(line), 16) for line in train]
     assert sorted(map(repr, encoded)) == sorted(map(repr, problem.train + problem.tune))
+
+
+def test_rows_are_set_aside_only_where_rates_are_tuned(folder: Path) -> None:
+    untuned = [{**row, "tuned": False} for row in raw_grid(folder)["methods"]]
+    problem = load(make_grid(folder, methods=untuned))
+    assert (len(problem.train), len(problem.tune)) == (120, 0)
+
+
+def test_other_data_is_another_run(folder: Path, tmp_path: Path) -> None:
+    """Records of a data set are not taken for those of another under the same name."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    with (tmp_path / "data/sst2/train.jsonl").open("a") as file:
+        file.write(json.dumps({"sentence": "one more", "label": 1}) + "\n")
+    method = Method("LoRA", "lora", {"r": 4})
+    specs = [
+        run_spec(make_grid(folder, data_dir=str(data)), method, "final", "sst2", 1e-3, 0)
+        for data in (folder / "data", tmp_path / "data")
+    ]
+    assert specs[0].key != specs[1].key
+
+
+def test_the_floor_is_the_best_constant_answer(folder: Path) -> None:
+    problem = load(make_grid(folder))
+    labels = [item.label for item in problem.dev]
+    assert problem.floor(problem.dev) == {"constant": max(labels.count(0), labels.count(1)) / len(labels)}
 
 
 def test_every_method_sees_the_same_head_and_the_same_order(folder: Path) -> None:
@@ -338,6 +401,29 @@ def test_killed_and_resumed_no_run_is_lost_or_doubled(
     again = compare(grid, output, jobs=1)
     assert journal.read() == after
     assert {r.key for r in again} == {r.key for r in after}
+
+
+def test_a_report_holds_the_runs_of_its_grid_alone(folder: Path, tmp_path: Path) -> None:
+    """A folder keeps the records of every grid that was run there; a new label is shown, an old setting is not."""
+    grids = [make_grid(folder, training={"steps": steps, "batch_size": 8, "max_length": 16}) for steps in (4, 2)]
+    for grid in (*grids, grids[0]):
+        ran = compare(grid, tmp_path, jobs=1)
+    assert len(Journal(tmp_path / "runs.jsonl").read()) == 16
+    raw = raw_grid(folder, training={"steps": 4, "batch_size": 8, "max_length": 16})
+    raw["methods"][1]["label"] = "LSR, renamed"
+    known = labels(Grid.from_mapping(raw), tmp_path)
+    assert known.keys() == {run.key for run in ran} and set(known.values()) == {"LoRA", "LSR, renamed"}
+    assert {run.steps for run in ran} == {4}
+
+
+def test_what_cannot_be_loaded_is_said_once(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such file: .*nowhere/sst2/train.jsonl"):
+        compare(make_grid(folder, data_dir=str(tmp_path / "nowhere")), tmp_path / "out", jobs=1)
+    (tmp_path / "data" / "sst2").mkdir(parents=True)
+    for split in ("train", "validation"):
+        (tmp_path / "data" / "sst2" / f"{split}.jsonl").write_text('{"sentence": "alone", "label": 1}\n')
+    with pytest.raises(ConfigError, match="leaves none of them"):  # found out in the other process
+        compare(make_grid(folder, data_dir=str(tmp_path / "data")), tmp_path / "out2", jobs=1)
 
 
 def test_two_comparisons_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:

@@ -77,6 +77,10 @@ class Problem(ABC):
     def evaluate(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> dict[str, float]:
         """The metrics of items; the model is put in eval mode."""
 
+    def floor(self, items: Sequence[Item]) -> dict[str, float]:
+        """{"constant": the best score of an answer that is the same for all items}, where there is such a score."""
+        return {}
+
     @abstractmethod
     def prepare_head(self, model: nn.Module, seed: int) -> None:
         """Give a fresh head, where there is one, its random start: the same for every method with the seed."""
@@ -161,6 +165,12 @@ class Classification(Problem):
             predicted[chosen] = self.predict(model, [items[i] for i in chosen])
         return score(self.task.metrics, predicted, np.array([item.label for item in items]))
 
+    def floor(self, items: Sequence[Item]) -> dict[str, float]:
+        labels = np.array([item.label for item in items])
+        answers = [0.0] if self.task.kind == "regress" else np.unique(labels)
+        scores = [score(self.task.metrics, np.full(len(labels), answer), labels)["score"] for answer in answers]
+        return {"constant": max(scores)}
+
     @torch.no_grad()
     def predict(self, model: nn.Module, items: Sequence[Item]) -> np.ndarray:
         """The class of every item, or its number, from one batch; the model is put in eval mode."""
@@ -207,7 +217,7 @@ class AnswerLoss(Problem):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         total, count = self._sum(model, batch)
-        return total / count
+        return total / count.clamp(min=1)  # none where every prompt fills max_length
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> dict[str, float]:

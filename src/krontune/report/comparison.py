@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from krontune.errors import CheckpointError
@@ -12,18 +13,19 @@ from . import html
 from .compared import ComparedRun, Journal
 from .comparison_tables import Cells, Scale, all_tables
 from .files import write_text
-from .statistics import Summary, summarise
+from .statistics import Summary, moving_tasks, summarise, tasks_of
 
 CURVES = {"loss": "training loss", "held_out": "score on the way", "grad_norm": "gradient norm"}
 
 
-def write_comparison(folder: Path, title: str, reference: str) -> list[Path]:
+def write_comparison(folder: Path, title: str, reference: str, labels: Mapping[str, str] | None = None) -> list[Path]:
     """Write report.md, report.html and the plots of FOLDER/runs.jsonl.
 
     Args:
         folder: a comparison's folder.
         title: the report's.
         reference: the method that differences refer to.
+        labels: what tables call the method of every run to be reported, by the run's key; None: all, as recorded.
 
     Returns:
         The two reports.
@@ -32,6 +34,8 @@ def write_comparison(folder: Path, title: str, reference: str) -> list[Path]:
         CheckpointError: no final run is recorded.
     """
     runs = Journal(folder / "runs.jsonl").read()
+    if labels is not None:
+        runs = [replace(run, label=labels[run.key]) for run in runs if run.key in labels]
     summaries = summarise(runs)
     if not summaries:
         raise CheckpointError(f"{folder} holds no final run yet; run the comparison first.")
@@ -44,13 +48,13 @@ def write_comparison(folder: Path, title: str, reference: str) -> list[Path]:
 
 
 def _draw(summaries: Mapping[str, Summary], reference: str, folder: Path) -> dict[str, Path]:
-    tasks = list(dict.fromkeys(run.task for summary in summaries.values() for run in summary.runs))
+    tasks = moving_tasks(summaries, tasks_of(summaries))
     scale = Scale(next(iter(summaries.values())).runs[0].higher_is_better)
     pictures = {"Parameters against score": folder / "pareto.png"}
     plots.pareto(summaries, tasks, scale, folder / "pareto.png")
     if reference in summaries and len(summaries) > 1:
         pictures[f"Differences to {reference}"] = folder / "differences.png"
-        plots.differences(summaries, reference, scale, folder / "differences.png")
+        plots.differences(summaries, tasks, reference, scale, folder / "differences.png")
     for quantity, name in CURVES.items():
         path = folder / f"{quantity}.png"
         if plots.curves(summaries, tasks, quantity, name, path):

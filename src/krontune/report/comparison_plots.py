@@ -10,19 +10,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from .comparison_tables import Scale, by_size, mean_points
+from .comparison_tables import Scale, by_size, difference_to, mean_points
 from .plots import _colors, _figure, _save
-from .statistics import Summary, paired_difference, pareto_front, spread
+from .statistics import Summary, pareto_front, spread
 
 MARKERS = "osD^vP*X<>"
 
 
 def pareto(summaries: Mapping[str, Summary], tasks: Sequence[str], scale: Scale, path: Path) -> None:
     """Draw the mean score against trainable parameters, with one standard deviation and the front."""
-    points = {label: point for label, point in mean_points(summaries, tasks).items() if point[0] > 0}
+    every = mean_points(summaries, tasks)
+    points = {label: point for label, point in every.items() if point[0] > 0}  # the axis is logarithmic
     figure = _figure(8.4, 4.8)
     axes = figure.add_subplot()
-    front = [points[label] for label in pareto_front(points, scale.sign)]
+    front = [points[label] for label in pareto_front(every, scale.sign) if label in points]
     if front:
         axes.step(*np.array(front).T, where="post", color="#999999", linewidth=1, zorder=0)
     for i, (label, color) in enumerate(zip(points, _colors(len(points)), strict=True)):
@@ -35,12 +36,12 @@ def pareto(summaries: Mapping[str, Summary], tasks: Sequence[str], scale: Scale,
     _save(figure, path)
 
 
-def differences(summaries: Mapping[str, Summary], reference: str, scale: Scale, path: Path) -> None:
+def differences(
+    summaries: Mapping[str, Summary], tasks: Sequence[str], reference: str, scale: Scale, path: Path
+) -> None:
     """Draw every method's paired difference to the reference with its interval, the best at the top."""
     found = {
-        label: paired_difference(summary.scores, summaries[reference].scores, scale.sign)
-        for label, summary in summaries.items()
-        if label != reference
+        label: difference_to(summaries, label, reference, tasks, scale) for label in summaries if label != reference
     }
     known = sorted(((d, label) for label, d in found.items() if d is not None), key=lambda pair: pair[0].mean)
     figure = _figure(7.4, 1.2 + 0.3 * len(known))

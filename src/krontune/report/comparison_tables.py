@@ -8,7 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .compared import ComparedRun
-from .statistics import Summary, paired_difference, pareto_front, spread, tried_rates
+from .statistics import (
+    MOVES,
+    Difference,
+    Summary,
+    constant_score,
+    moving_tasks,
+    paired_difference,
+    pareto_front,
+    spread,
+    tasks_of,
+    tried_rates,
+)
 from .tables import human_bytes
 
 
@@ -49,7 +60,7 @@ class Scale:
 
 def all_tables(runs: Sequence[ComparedRun], summaries: Mapping[str, Summary], reference: str) -> list[Cells]:
     """Every table of the report."""
-    tasks = list(dict.fromkeys(run.task for summary in summaries.values() for run in summary.runs))
+    tasks = tasks_of(summaries)
     scale = Scale(next(iter(summaries.values())).runs[0].higher_is_better)
     tables = [main_table(summaries, tasks, reference, scale)]
     if len(tasks) > 1:
@@ -58,20 +69,13 @@ def all_tables(runs: Sequence[ComparedRun], summaries: Mapping[str, Summary], re
 
 
 def main_table(summaries: Mapping[str, Summary], tasks: Sequence[str], reference: str, scale: Scale) -> Cells:
-    """Parameters, mean score, and the paired difference to the reference."""
+    """Parameters, mean score, and the paired difference to the reference, over the tasks that move."""
+    moving = moving_tasks(summaries, tasks)
     whole = summaries[reference].n_trainable if reference in summaries else 0
-    points = mean_points(summaries, tasks)
-    front = pareto_front(points, scale.sign)
+    front = pareto_front(mean_points(summaries, moving), scale.sign)
     rows = []
     for label, summary in by_size(summaries):
-        means = summary.seed_means(tasks)
-        difference = None
-        if reference in summaries and label != reference:
-            difference = paired_difference(summary.scores, summaries[reference].scores, scale.sign)
-        shown = "reference" if label == reference else "-"
-        if difference is not None:
-            low, high = scale.show_difference(difference.low), scale.show_difference(difference.high)
-            shown = f"{scale.show_difference(difference.mean)} [{low}, {high}]"
+        means = summary.seed_means(moving)
         rows.append(
             [
                 label + (" *" if label in front else ""),
@@ -79,23 +83,58 @@ def main_table(summaries: Mapping[str, Summary], tasks: Sequence[str], reference
                 f"{summary.n_trainable / whole:.2f}x" if whole else "-",
                 scale.show(statistics.fmean(means)) if means else "-",
                 scale.show(spread(means)) if len(means) > 1 else "-",
-                shown,
+                "reference" if label == reference else _difference(summaries, label, reference, moving, scale),
                 str(len(summary.scores)) + (f" ({summary.n_failed} failed)" if summary.n_failed else ""),
             ]
         )
-    kind = "points of 100, higher is better" if scale.higher_is_better else "loss, lower is better"
-    note = (
-        f"Scores: {kind}; mean over {len(tasks)} task(s), standard deviation over seeds. The difference is paired by "
-        f"task and seed against {reference}, positive where better, with a 95% bootstrap interval over seeds. "
-        "* no method with as few parameters scores better."
-    )
     header = ["method", "parameters", "of reference", "mean", "sd", "difference", "runs"]
-    return Cells("Results", note, header, rows)
+    return Cells("Results", _about_means(moving, tasks, reference, scale), header, rows)
+
+
+def _about_means(moving: Sequence[str], tasks: Sequence[str], reference: str, scale: Scale) -> str:
+    kind = "points of 100, higher is better" if scale.higher_is_better else "loss, lower is better"
+    note = f"Scores: {kind}; mean over {', '.join(moving)}, standard deviation over seeds. "
+    if still := [task for task in tasks if task not in moving]:
+        note += (
+            f"Left out of the means: {', '.join(still)}, where no method beats a constant answer by "
+            f"{scale.show(MOVES)} points after this training. "
+        )
+    return note + (
+        f"The difference is paired by task and seed against {reference}, positive where better, with a 95% interval "
+        "(Student's t over seeds). * no method with as few parameters scores better."
+    )
+
+
+def _difference(
+    summaries: Mapping[str, Summary], label: str, reference: str, tasks: Sequence[str], scale: Scale
+) -> str:
+    found = difference_to(summaries, label, reference, tasks, scale)
+    if found is None:
+        return "-"
+    if math.isnan(found.low):
+        return scale.show_difference(found.mean)
+    low, high = scale.show_difference(found.low), scale.show_difference(found.high)
+    return f"{scale.show_difference(found.mean)} [{low}, {high}]"
+
+
+def difference_to(
+    summaries: Mapping[str, Summary], label: str, reference: str, tasks: Sequence[str], scale: Scale
+) -> Difference | None:
+    """The paired difference of a method to the reference, over some tasks."""
+    if reference not in summaries:
+        return None
+    ours, theirs = (
+        {key: score for key, score in summaries[name].scores.items() if key[0] in tasks} for name in (label, reference)
+    )
+    return paired_difference(ours, theirs, scale.sign)
 
 
 def task_table(summaries: Mapping[str, Summary], tasks: Sequence[str], scale: Scale) -> Cells:
-    """Mean and standard deviation on every task."""
+    """Mean and standard deviation on every task, and what a constant answer scores."""
     rows = []
+    floors = [constant_score(summaries, task) for task in tasks]
+    if any(floor is not None for floor in floors):
+        rows.append(["a constant answer", *("-" if floor is None else scale.show(floor) for floor in floors)])
     for label, summary in by_size(summaries):
         cells = [label]
         for task in tasks:

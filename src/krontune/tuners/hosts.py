@@ -156,22 +156,22 @@ def storage_of(weight: Tensor, backend: Any) -> str:
 
 
 def restore_codes(base: nn.Module) -> None:
-    """Undo what bitsandbytes does to 4-bit weights on CPUs with AVX512-BF16: the first forward in eval mode reorders them.
+    """Undo what bitsandbytes does to 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16: reorder them.
 
     In that order a weight can be neither dequantised nor trained through (its product has no gradient), and
     bitsandbytes' own way back leaves the scales of a weight without nested quantisation transposed. The codes come
     back bit for bit; the scales have been rounded to bfloat16, once and for all. The next forward in eval mode reorders
     them again. Does nothing for any other layer.
     """
-    weight = getattr(base, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if weight is None or not getattr(state, "packing_format_for_cpu", False):
+    weight: Any = getattr(base, "weight", None)
+    state: Any = getattr(weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
         return
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state.original_nested = False  # the scales are plain now; quantising them again would round them again
     weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-    weight.quant_state.absmax = state.absmax.T.reshape(-1).float()
+    state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def to_float_matrix(layer: KronLayer) -> Tensor:

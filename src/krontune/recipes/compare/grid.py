@@ -107,7 +107,9 @@ class Grid(_Section):
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         for name in names:
-            find_task(name)
+            task = find_task(name)
+            if task.splits[0] == task.splits[1]:
+                raise ValueError(f"{name} has no rows for training, only those that it is evaluated on")
         return names
 
     @model_validator(mode="after")
@@ -117,6 +119,11 @@ class Grid(_Section):
             raise ValueError(f"two methods have the label {next(x for x in labels if labels.count(x) > 1)!r}")
         if self.reference not in labels:
             raise ValueError(f"reference {self.reference!r} is no method's label. {suggest(self.reference, labels)}")
+        reference = self.methods[labels.index(self.reference)]
+        if len(reference.budget) > 1 or str(reference.budget[0]).endswith("x"):
+            raise ValueError("the reference has one size: give it no list of budgets, and no share of itself")
+        if len(reference.norms) > 1 and reference.norms[0]:
+            raise ValueError("the reference's norms: put false first; that is the one that others are compared with")
         if len({find_task(name).generates for name in self.tasks}) > 1:
             raise ValueError("tasks with a head and tasks with generated answers need a grid each")
         for name in (self.tuning.tasks or []) + list(self.per_task):
@@ -158,6 +165,11 @@ class Grid(_Section):
         """The training settings of a task."""
         return Training.model_validate({**self.training.model_dump(), **self.per_task.get(task, {})})
 
+    def tuning_rows(self, task: str) -> int:
+        """How many training rows of a task are set aside: none where no trial needs them."""
+        tunes = any(row.tuned for row in self.methods) and task in (self.tuning.tasks or self.tasks)
+        return self.tuning.rows if tunes else 0
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -171,6 +183,7 @@ class RunSpec:
     training: dict[str, Any]
     tuning_rows: int
     model: dict[str, Any]
+    data: str  # a digest of the task's rows
 
     @property
     def key(self) -> str:
@@ -188,17 +201,27 @@ def resolve_methods(grid: Grid) -> list[Method]:
         ConfigError: a budget that a method cannot meet, or settings that do not fit the model.
     """
     make_model, task_type = _skeleton(grid)
-    rows = {row.label: row for row in grid.methods}
-    whole = _size(_method(rows[grid.reference], grid, None, False), make_model, task_type)
-    methods = []
-    for row in grid.methods:
-        for budget in row.budget:
-            for norms in row.norms:
-                method = _method(row, grid, budget, norms)
-                if budget is not None:
-                    method = solve(method, parse_amount(budget, whole, unit="x"), make_model, task_type)
-                methods.append(method)
+
+    def sized(row: Row, budget: str | int | None, norms: bool, whole: int) -> Method:
+        method = _method(row, grid, budget, norms)
+        return method if budget is None else solve(method, parse_amount(budget, whole, unit="x"), make_model, task_type)
+
+    (reference,) = (row for row in grid.methods if row.label == grid.reference)
+    whole = _size(sized(reference, reference.budget[0], reference.norms[0], 0), make_model, task_type)
+    methods = [sized(row, budget, norms, whole) for row in grid.methods for budget in row.budget for norms in row.norms]
+    _check_distinct(methods)
     return methods
+
+
+def _check_distinct(methods: Sequence[Method]) -> None:
+    """No two methods share a label, or are the same in all but their labels and would do the same runs."""
+    seen: dict[str, str] = {}
+    for method in methods:
+        what = asdict(replace(method, label="", rate=0.0 if method.tuned else method.rate))
+        for key in (method.label, json.dumps(what, sort_keys=True)):
+            if key in seen:
+                raise ConfigError(f"{seen[key]!r} and {method.label!r} are the same method; leave one of them out.")
+            seen[key] = method.label
 
 
 def sizes(grid: Grid, methods: Sequence[Method]) -> dict[str, int]:
@@ -234,7 +257,23 @@ def _skeleton(grid: Grid) -> tuple[Callable[[], nn.Module], str]:
 def run_spec(grid: Grid, method: Method, phase: str, task: str, rate: float, seed: int) -> RunSpec:
     """A run of the grid."""
     training = grid.training_for(task).model_dump()
-    return RunSpec(phase, task, method, rate, seed, training, grid.tuning.rows, grid.model.model_dump())
+    data = _digest_of_rows(task, grid.data_dir)
+    return RunSpec(phase, task, method, rate, seed, training, grid.tuning_rows(task), grid.model.model_dump(), data)
+
+
+@lru_cache(maxsize=64)
+def _digest_of_rows(name: str, data_dir: Path | None) -> str:
+    """Of the local files of a task's splits; the Hub's data sets go by name."""
+    if data_dir is None:
+        return "hub"
+    task = find_task(name)
+    digest = hashlib.sha256()
+    for split in task.splits:
+        path = data_dir / name / f"{split}.jsonl"
+        if not path.is_file():
+            raise ConfigError(f"no such file: {path}. data_dir holds TASK/SPLIT.jsonl, with the keys of {task.hub[0]}.")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _method(row: Row, grid: Grid, budget: str | int | None, norms: bool) -> Method:

@@ -16,13 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from krontune.errors import ConfigError
-from krontune.recipes.problems import Item, Problem
+from krontune.recipes.problems import Item, Problem, make_problem
+from krontune.recipes.tasks import find_task
 from krontune.report.compared import ComparedRun
 
-from .grid import RunSpec, Training
+from .grid import Grid, RunSpec, Training
 from .methods import adapt, adapter_bytes, count_trainable, parameter_groups
 
 GRADIENT_EXAMPLES = 128  # for starts that are computed from a gradient
+
+
+def load_problem(grid: Grid, task: str) -> Problem:
+    """A task of the grid with its model and its rows.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    training = grid.training_for(task)
+    problem = make_problem(find_task(task), grid.model)
+    rows = grid.tuning_rows(task)
+    problem.load(grid.data_dir, training.max_length, training.train_rows, rows, training.dev_rows)
+    return problem
 
 
 def run(spec: RunSpec, problem: Problem) -> ComparedRun:
@@ -84,7 +98,7 @@ def _train_and_score(spec: RunSpec, problem: Problem) -> dict[str, Any]:
     }
     if trace.diverged:
         return result
-    scores = problem.evaluate(model, items, 4 * training.batch_size)
+    scores = {**problem.evaluate(model, items, 4 * training.batch_size), **problem.floor(items)}
     value = scores[problem.metric]
     return {**result, "scores": scores, "score": value if math.isfinite(value) else None}
 

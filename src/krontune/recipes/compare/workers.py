@@ -18,7 +18,7 @@ from krontune.report.compared import ComparedRun, Journal
 from krontune.report.files import write_json, write_text
 
 from .grid import Grid, RunSpec, resolve_methods
-from .schedule import due
+from .schedule import due, planned
 
 JOURNAL = "runs.jsonl"
 
@@ -44,9 +44,12 @@ class Worker:
 
         Raises:
             EOFError, OSError: the process has ended without one.
+            ConfigError: the task or its model could not be loaded.
         """
-        record: ComparedRun = self.connection.recv()
+        record: ComparedRun | ConfigError = self.connection.recv()
         self.spec = None
+        if isinstance(record, ConfigError):
+            raise record
         return record
 
     def stop(self) -> None:
@@ -101,7 +104,18 @@ def compare(
             journal.append(run)
             records[run.key] = run
             on_run(run, len(due(grid, methods, records)))
-    return [run for run in records.values() if run.task in grid.tasks]
+    return [records[key] for key in planned(grid, methods, records) if key in records]
+
+
+def labels(grid: Grid, output: Path) -> dict[str, str]:
+    """The method's label of every run that the grid asks for, by the run's key. OUTPUT may hold runs of other grids.
+
+    Raises:
+        ConfigError: settings that do not fit.
+        CheckpointError: damaged records.
+    """
+    records = {run.key: run for run in Journal(output / JOURNAL).read()}
+    return {key: spec.method.label for key, spec in planned(grid, resolve_methods(grid), records).items()}
 
 
 def _results(grid: Grid, jobs: int, threads: int, next_specs: Callable[[], list[RunSpec]]) -> Iterator[ComparedRun]:
@@ -153,10 +167,9 @@ def _serve(connection: Connection, raw_grid: dict[str, Any], threads: int) -> No
     import torch
     import transformers
 
-    from krontune.recipes.problems import Problem, make_problem
-    from krontune.recipes.tasks import find_task
+    from krontune.recipes.problems import Problem
 
-    from .training import run
+    from .training import load_problem, run
 
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
@@ -167,11 +180,12 @@ def _serve(connection: Connection, raw_grid: dict[str, Any], threads: int) -> No
             spec: RunSpec = connection.recv()
         except EOFError:
             return
-        if spec.task not in problems:
-            training = grid.training_for(spec.task)
-            problem = make_problem(find_task(spec.task), grid.model)
-            problem.load(grid.data_dir, training.max_length, training.train_rows, grid.tuning.rows, training.dev_rows)
-            problems[spec.task] = problem
+        try:
+            if spec.task not in problems:
+                problems[spec.task] = load_problem(grid, spec.task)
+        except ConfigError as error:
+            connection.send(error)
+            continue
         connection.send(run(spec, problems[spec.task]))
 
 
