@@ -44,4 +44,4 @@ def test_lsr_adapts_experiment_has_the_papers_sizes(tmp_path: Path) -> None:
 def test_a_setting_can_be_changed(tmp_path: Path) -> None:
     path = next(path for path in GRIDS if path.stem == "ablation-lsr")
     grid = Grid.load(path, ["training.steps=7", "model=elsewhere", "per_task={}"])
-    assert grid.training_for("mrpc").steps == 7 and grid.model.path == "elsewhere"
+    assert grid.training_for("qqp").steps == 7 and grid.model.path == "elsewhere"
