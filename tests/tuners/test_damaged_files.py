@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -127,11 +127,84 @@ def test_weights_of_another_adapter(tiny, folder, tmp_path):
     assert_refused(tiny, folder, str(folder / WEIGHTS), "missing")
 
 
+def _some_key(folder: Path, end: str = "") -> str:
+    return next(k for k in load_file(folder / WEIGHTS) if NAME in k and k.endswith(end))
+
+
+@pytest.mark.parametrize("key", ["base_model.model.model.norm.weight", "base_model.model.lm_head.weight"])
+def test_wrong_shape_of_a_module_that_is_saved_whole(tiny, method, tmp_path, key):
+    """Found once it is built: PEFT lets such a module differ with ignore_mismatched_sizes."""
+    config = method(target_modules=TARGETS, train_norms=True, modules_to_save=["lm_head"])
+    adapted(tiny(), config).save_pretrained(tmp_path)
+    before = tuple(load_file(tmp_path / WEIGHTS)[key].shape)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key][:-1].clone()}))
+    with pytest.raises(CheckpointError) as error:
+        PeftModel.from_pretrained(tiny(), tmp_path)
+    for part in (str(tmp_path / WEIGHTS), key.removeprefix("base_model.model."), str(before)):
+        assert part in str(error.value)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        PeftModel.from_pretrained(tiny(), tmp_path, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, -1])
+def test_nan_or_inf_in_a_factor(tiny, folder, value, place):
+    def put(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[_some_key(folder)].view(-1)[place] = value
+
+    edit_tensors(folder, put)
+    key = _some_key(folder).removeprefix("base_model.model.")
+    assert_refused(tiny, folder, str(folder / WEIGHTS), key, "holds NaN or Inf", "diverged")
+
+
+def test_whole_numbers_for_a_factor(tiny, folder):
+    key = _some_key(folder)
+    edit_tensors(folder, lambda tensors: tensors.update({key: tensors[key].long()}))
+    assert_refused(tiny, folder, str(folder / WEIGHTS), key.removeprefix("base_model.model."), "torch.int64")
+
+
+ORDER_EDITS = {
+    "out of range": lambda order: order + 1,
+    "negative": lambda order: order - 1,
+    "twice": lambda order: order.clamp_min(1),
+    "floats": lambda order: order.float(),
+}
+
+
+@pytest.mark.parametrize("side", ["soka_rows", "soka_cols"])
+@pytest.mark.parametrize("edit", ORDER_EDITS)
+def test_orders_that_are_no_permutation(tiny, tmp_path, side, edit):
+    adapted(tiny(), SokaConfig(r=3, target_modules=TARGETS, channel_sort="norm")).save_pretrained(tmp_path)
+    key = _some_key(tmp_path, side)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({key: ORDER_EDITS[edit](tensors[key])}))
+    assert_refused(tiny, tmp_path, str(tmp_path / WEIGHTS), key.removeprefix("base_model.model."), "no permutation")
+
+
+def test_a_diverged_run_is_not_taken_for_an_unloaded_one(tiny, method):
+    """A NaN in one entry of a factor that came with a state dict: PEFT before 0.21 has no hook to refuse it in."""
+    model = adapted(tiny(), method(target_modules=TARGETS))
+    state = get_peft_model_state_dict(model)
+    again = get_peft_model(tiny(), model.peft_config["default"])
+    key = next(k for k in state if NAME in k)
+    broken = {k: t.clone() for k, t in state.items()}
+    broken[key].view(-1)[0] = float("nan")
+    if not OLD_PEFT:
+        with pytest.raises(CheckpointError, match="holds NaN or Inf"):
+            set_peft_model_state_dict(again, broken)
+    set_peft_model_state_dict(again, state)
+    kron_layers(again)[f"base_model.model.{NAME}"].factors("default")[0].data.view(-1)[0] = float("nan")
+    again(torch.tensor([[1, 2]]))
+
+
 # ---------------------------------------------------------------------------------------------------------- the config
 
 
 def _spec(config: dict) -> dict:
     return config["resolved"][NAME]["spec"]
+
+
+def _base(config: dict) -> dict:
+    return config["resolved"][NAME]["base"]
 
 
 CONFIG_EDITS = {
@@ -152,6 +225,12 @@ CONFIG_EDITS = {
     "another shape": (lambda c: c["resolved"][NAME].update(shape=[16, 32]), f"resolved['{NAME}'] is damaged"),
     "base removed": (lambda c: c["resolved"][NAME].pop("base"), f"resolved['{NAME}'] is damaged"),
     "base nonsense": (lambda c: c["resolved"][NAME]["base"].update(sample=["x"]), f"resolved['{NAME}'] is damaged"),
+    "base without numbers": (lambda c: _base(c).update(sample=[]), f"resolved['{NAME}'] is damaged"),
+    "saved_tensors a number": (lambda c: c.update(saved_tensors=5), "saved_tensors=5"),
+    "modules_to_save a number": (lambda c: c.update(modules_to_save=5), "modules_to_save=5"),
+    "modules_to_save a text": (lambda c: c.update(modules_to_save="lm_head"), "modules_to_save='lm_head'"),
+    "target_modules a number": (lambda c: c.update(target_modules=5), "target_modules=5"),
+    "target_modules of numbers": (lambda c: c.update(target_modules=[["q_proj"]]), "target_modules=[['q_proj']]"),
     "dtype nonsense": (lambda c: c["resolved"][NAME].update(dtype="Tensor"), f"resolved['{NAME}'] is damaged"),
     "path nonsense": (lambda c: c["resolved"][NAME].update(path=3), f"resolved['{NAME}'] is damaged"),
 }
@@ -189,6 +268,14 @@ def test_truncated_config(tiny, folder, keep):
     content = (folder / CONFIG).read_text()
     (folder / CONFIG).write_text(content[: int(len(content) * keep)])
     config_class = LsrConfig if '"lsr' in content.lower() else SokaConfig
+    with pytest.raises(CheckpointError, match=re.escape(str(folder / CONFIG))):
+        config_class.from_pretrained(folder)
+
+
+def test_config_in_another_encoding(folder):
+    text = (folder / CONFIG).read_text()
+    config_class = LsrConfig if '"lsr' in text.lower() else SokaConfig
+    (folder / CONFIG).write_bytes(text.replace("q_proj", "q\u00fc").encode("latin-1"))
     with pytest.raises(CheckpointError, match=re.escape(str(folder / CONFIG))):
         config_class.from_pretrained(folder)
 

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from json import JSONDecodeError
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 
@@ -33,6 +33,14 @@ def check_number(name: str, value: Any) -> None:
     """Raise ConfigError unless value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name}={value!r} is not allowed. It must be a finite number.")
+
+
+def check_names(name: str, value: Any, *, or_text: bool = False) -> None:
+    """Raise ConfigError unless value is None or a list of names (or, where allowed, one text)."""
+    is_list = isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
+    if not (value is None or is_list or (or_text and isinstance(value, str))):
+        allowed = "a name, a pattern or a list of names" if or_text else "a list of names"
+        raise ConfigError(f"{name}={value!r} is not allowed. It must be {allowed}, or None.")
 
 
 @dataclass
@@ -95,10 +103,15 @@ class KronConfig(PeftConfig):
     )
 
     method = ""  # "LSR" or "SOKA"
+    source: ClassVar[str | None] = None  # the weights file beside a config that was loaded, for errors to name
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = _peft.PeftType[self.method]
+        for name in ("target_modules", "exclude_modules"):
+            check_names(name, getattr(self, name), or_text=True)
+        for name in ("target_parameters", "modules_to_save", "saved_tensors"):
+            check_names(name, getattr(self, name))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -149,9 +162,10 @@ class KronConfig(PeftConfig):
         file = os.path.join(folder, "adapter_config.json")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (KrontuneError, JSONDecodeError, TypeError, AttributeError) as error:  # what a damaged file can cause
+        except (KrontuneError, JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:  # of damage
             raise CheckpointError(f"{file} is damaged or was edited: {error}") from None
         if isinstance(config, KronConfig):
             check_config(config, file)
             check_adapter_file(config, folder)
+            config.source = os.path.join(folder, _peft.SAFETENSORS_WEIGHTS_NAME)  # type: ignore[misc]
         return config

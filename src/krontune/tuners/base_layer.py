@@ -147,7 +147,8 @@ class KronLayer(_peft.BaseTunerLayer):
         """Raise CheckpointError for one that was built for a checkpoint which was not loaded. Looks until it was."""
         waiting = [] if torch.compiler.is_compiling() else self._awaiting.intersection(adapters)
         for adapter in waiting:
-            if any(f.is_meta or torch.isnan(f.detach().flatten()[0]) for f in self.factors(adapter)):
+            # One that is NaN throughout is a placeholder: what a diverged run left is refused as it is loaded.
+            if any(f.is_meta or torch.isnan(f.detach()).all() for f in self.factors(adapter)):
                 raise CheckpointError(
                     f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. "
                     "Load them (PeftModel.from_pretrained does), or set config.resolved = None to start a new adapter."

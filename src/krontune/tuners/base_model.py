@@ -17,11 +17,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from krontune.errors import ConfigError
+from krontune.errors import CheckpointError, ConfigError
 from krontune.tuners import _peft
 from krontune.tuners.base_config import KronConfig
 from krontune.tuners.base_layer import KronLayer, ParameterLayer
-from krontune.tuners.checkpoint import check_base, check_tensors, fingerprint, spec_to_dict, stored_dtype
+from krontune.tuners.checkpoint import check_base, check_state, fingerprint, spec_to_dict, stored_dtype
 from krontune.tuners.gradient import drop_gradient, kept_gradient
 from krontune.tuners.joining import check_join, join_saved_modules, joined_config
 from krontune.tuners.mixed import adapter_by_row
@@ -226,8 +226,22 @@ class KronModel(_peft.BaseTuner):
         """PEFT 0.21 and later call this with what a file held, from a folder or the Hub."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         names = {name: name.replace(f"modules_to_save.{adapter_name}.", "") for name in state_dict}
-        check_tensors(config, {names[n]: tuple(t.shape) for n, t in state_dict.items()}, f"Loading {adapter_name!r}")
+        check_state(config, {names[n]: t for n, t in state_dict.items()}, _loading(adapter_name, config))
         return remapped
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Refuse tensors of modules that are saved whole by name; torch would list shapes in a traceback."""
+        for adapter, config in self.peft_config.items():
+            for path, wrapper in self._saved_modules(adapter).items():
+                for key, tensor in wrapper.modules_to_save[adapter].state_dict().items():
+                    given = state_dict.get(f"{prefix}model.{path}.modules_to_save.{adapter}.{key}", tensor)
+                    if given.shape != tensor.shape:
+                        raise CheckpointError(
+                            f"{_loading(adapter, config)}: the tensor '{path}.{key}' has the shape "
+                            f"{tuple(given.shape)}, and is {tuple(tensor.shape)} in this model. The file was edited, "
+                            "or belongs to another base model."
+                        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _describe(self, layer: KronLayer) -> dict:
         described = layer.host.describe(layer.get_base_layer())
@@ -338,6 +352,11 @@ def _modules_inside(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
 def _unwrapped(path: str) -> str:
     """The name in the base model of what has this path here: a module inside a parameter's owner is one level down."""
     return re.sub(r"\.base_layer(?=\.|$)", "", path)
+
+
+def _loading(adapter: str, config: Any) -> str:
+    """What an error on loading starts with: the file where there is one."""
+    return f"Loading {adapter!r}" + (f" from {config.source}" if config.source else "")
 
 
 def _entry(base: dict, resolved: Resolved, name: str, path: str) -> dict:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import NoneType
 from typing import Any
@@ -18,7 +20,9 @@ from krontune.tuners import _peft
 
 FORMAT_VERSION = 1
 _PREFIX = "base_model.model."  # PeftModel's own part of every key in the file
-_SAMPLES = 64
+_SAMPLES, _SHOWN = 64, 8  # entries of a weight in its fingerprint: hashed, and kept as numbers
+_ORDERS = (".soka_rows", ".soka_cols")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 # ---------------------------------------------------------------------------------------------- the adapter's own files
@@ -56,7 +60,8 @@ def _check_entry(config: Any, name: str) -> None:
         raise ValueError(f"shape is {entry['shape']}, and the factors of spec make {spec.matrix_shape}")
     base = entry["base"]
     digest, sample = base["digest"], base["sample"]
-    numbers = isinstance(sample, list) and all(isinstance(v, (int, float)) for v in sample)
+    is_list = isinstance(sample, list) and len(sample) == _SHOWN
+    numbers = is_list and all(isinstance(v, (int, float)) for v in sample)
     if not isinstance(base["storage"], str) or not (
         (digest is sample is None) or (isinstance(digest, str) and numbers)
     ):
@@ -69,13 +74,15 @@ def _check_entry(config: Any, name: str) -> None:
 def stored_dtype(entry: dict) -> torch.dtype:
     """The dtype of a module's factors in the file, from its entry in `resolved`."""
     name = entry.get("dtype", "float32")
-    if name not in ("float32", "bfloat16", "float16", "float64"):
+    if name not in FLOATS:
         raise ValueError(f"dtype is {name!r}")
     return getattr(torch, name)
 
 
 def check_adapter_file(config: Any, folder: str) -> None:
     """Check a local adapter's weights: safetensors, readable to its last byte, every tensor there and of its shape.
+
+    The factors' values are looked at, too: they are finite, and orders of channels are permutations.
 
     Does nothing for a Hub id (the file is not here yet) and for a folder that holds a config alone.
 
@@ -95,10 +102,30 @@ def check_adapter_file(config: Any, folder: str) -> None:
         raise CheckpointError(
             f"{file} belongs to a config without `resolved`: adapter_config.json was edited, or comes from elsewhere."
         )
-    check_tensors(config, _stored_shapes(file), file)
+    with _opened(file) as tensors:
+        keys = list(tensors.keys())
+        check_tensors(config, {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}, file)
+        for key in _factor_keys(config, keys):
+            check_values(key, tensors.get_tensor(key), file)
 
 
-def check_tensors(config: Any, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+@contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}. It is truncated or damaged.") from None
+
+
+def check_state(config: Any, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """`check_adapter_file` for tensors that have been read already."""
+    check_tensors(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, where)
+    for key in _factor_keys(config, tensors):
+        check_values(key, tensors[key], where)
+
+
+def check_tensors(config: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Check that the tensors of an adapter, {key: shape}, are those that its config promises.
 
     Raises:
@@ -115,6 +142,40 @@ def check_tensors(config: Any, shapes: dict[str, tuple[int, ...]], where: str) -
             )
 
 
+def check_values(key: str, tensor: torch.Tensor, where: str) -> None:
+    """Check that a tensor of an adapter holds what its name says: an order of channels, or finite floats.
+
+    Raises:
+        CheckpointError: names `where` and the key.
+    """
+    key = key.removeprefix(_PREFIX)
+    if tensor.is_meta or type(tensor).__name__ == "DTensor":
+        return
+    if key.endswith(_ORDERS):
+        in_turn = torch.arange(tensor.shape[-1], device=tensor.device).expand_as(tensor)
+        if tensor.is_floating_point() or not torch.equal(tensor.long().sort(-1).values, in_turn):
+            raise CheckpointError(
+                f"{where}: the order of channels {key!r} is no permutation of 0 to {tensor.shape[-1] - 1}. The file is "
+                "damaged or was edited."
+            )
+    elif str(tensor.dtype).removeprefix("torch.") not in FLOATS:
+        raise CheckpointError(
+            f"{where}: the tensor {key!r} is {tensor.dtype}; a factor is one of {', '.join(FLOATS)}. The file was "
+            "edited."
+        )
+    elif not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"{where}: the tensor {key!r} holds NaN or Inf. The training diverged, or the file is damaged; go back to "
+            "an earlier checkpoint."
+        )
+
+
+def _factor_keys(config: Any, keys: Iterable[str]) -> list[str]:
+    """Those of the keys that name an adapter's own tensors, not those of a module that is saved whole."""
+    known = {key for key, shape in _expected_shapes(config).items() if shape is not None}
+    return [key for key in keys if key.removeprefix(_PREFIX) in known]
+
+
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...] | None]:
     """{key without PEFT's prefix: shape} of every tensor; None for modules that are saved whole and may be resized."""
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(config.saved_tensors or ())
@@ -122,14 +183,6 @@ def _expected_shapes(config: Any) -> dict[str, tuple[int, ...] | None]:
         for tensor, shape in config.spec(name).tensor_shapes().items():
             shapes[f"{entry.get('path', name)}.{tensor}"] = shape
     return shapes
-
-
-def _stored_shapes(file: str) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors: {error}. It is truncated or damaged.") from None
 
 
 # ------------------------------------------------------------------------------------------------ the base it fits onto
@@ -152,7 +205,7 @@ def fingerprint(weight: torch.Tensor, storage: str) -> dict:
     index = torch.linspace(0, plain.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(plain.device)
     entries = plain[index].cpu().contiguous()
     digest = hashlib.sha256(entries.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-    sample = [float(f"{v:.4g}") for v in entries[:: _SAMPLES // 8].double().tolist()]
+    sample = [float(f"{v:.4g}") for v in entries[:: _SAMPLES // _SHOWN].double().tolist()]
     return {"storage": storage, "digest": digest, "sample": sample}
 
 
@@ -208,7 +261,7 @@ def check_base(resolved: dict[str, dict], base: dict[str, dict]) -> None:
 
 def _warn_of_differences(resolved: dict[str, dict], base: dict[str, dict]) -> None:
     def is_float(storage: str) -> bool:
-        return storage in ("float32", "bfloat16", "float16", "float64")
+        return storage in FLOATS
 
     quantised, changed = [], []
     for name, saved in resolved.items():
