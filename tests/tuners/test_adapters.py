@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 
 from krontune import ConfigError, LsrConfig, SokaConfig
 from tests.tuners.helpers import (
@@ -186,6 +187,27 @@ def test_weighted_adapter_saves_and_reloads(tiny, batch, method, tmp_path, combi
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(tiny(), tmp_path / "sum")
     assert torch.equal(logits(again, batch), expected)
+
+
+def test_weighted_adapter_of_modules_that_are_called_alike(method, tmp_path):
+    """`lin` alone was adapted; a module whose name ends alike is not, on the way back either."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(12, 12)
+            self.block = nn.ModuleDict({"lin": nn.Linear(12, 12)})
+
+        def forward(self, x):
+            return self.block["lin"](self.lin(x))
+
+    base, x = Net(), torch.randn(3, 12)
+    model = adapted(copy.deepcopy(base), method(target_modules=r"lin"))
+    model.base_model.add_weighted_adapter(["default"], [2.0], "sum")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(base, tmp_path / "sum")
+    assert torch.equal(again(x), model(x))
 
 
 def test_weighted_adapter_of_experts(tiny, batch, method, tmp_path):

@@ -313,6 +313,7 @@ class KronModel(_peft.BaseTuner):
         check_join(self.peft_config, adapters, weights, adapter_name, combination_type)
         config = joined_config([self.peft_config[adapter] for adapter in adapters])
         self.peft_config[adapter_name] = config
+        modules = []
         try:
             for name, path, layer in self._named_layers():
                 present = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.specs]
@@ -323,7 +324,9 @@ class KronModel(_peft.BaseTuner):
                     layer.add(adapter_name, spec, 1.0, 0.0, start, trainable=False, dtype=torch.float32)
                     config.resolved[name] = _entry(self._describe(layer), Resolved(spec), name, path)
                     if not isinstance(layer, ParameterLayer):
-                        config.target_modules.add(name)
+                        modules.append(name)
+            if modules:  # a pattern, which PEFT matches with the whole name: names in a set would match ends of others
+                config.target_modules = "|".join(map(re.escape, modules))
             join_saved_modules(self.model, adapters, weights, adapter_name)
             self._note_dtypes(adapter_name)
             config.saved_tensors = self._saved_tensors(adapter_name)
