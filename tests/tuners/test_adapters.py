@@ -207,7 +207,8 @@ def test_weighted_adapter_of_modules_that_are_called_alike(method, tmp_path):
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(base, tmp_path / "sum")
-    assert torch.equal(again(x), model(x))
+    with torch.no_grad():  # with gradients the order of summation may be another
+        assert torch.equal(again(x), model(x))
 
 
 def test_weighted_adapter_of_experts(tiny, batch, method, tmp_path):
