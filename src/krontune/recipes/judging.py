@@ -14,9 +14,13 @@ from krontune.errors import ConfigError
 from .sandbox.api import Limits, run_programs
 from .tasks import Row, Task
 
-# Where an answer is announced: GSM8K's own mark, and the words of MetaMathQA; otherwise the last number counts.
-ANNOUNCED = re.compile(r"(?:####|the answer is:?)(.*)", re.IGNORECASE)
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+# A minus sign between two numbers is none of theirs: 20-18 ends in 18.
+NUMBER = re.compile(r"(?:(?<![\w).])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+MARKED = re.compile(r"####([^\w\n]{0,8}?" + NUMBER.pattern + ".*)")  # GSM8K's own mark, with a number right after it
+ANNOUNCED = re.compile(r"####|the answer is:?", re.IGNORECASE)  # MetaMathQA's words
+# Numbers and signs up to an equals sign, and one number after it: what it is equal to is the answer.
+CALCULATION = re.compile(r"[-+*/x%()=$\d.,\s]*=\s*(" + NUMBER.pattern + r")(?!\d|[.,]\d|\s*[-+*/x]\s*[$\d(])")
+PLAIN_SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/"})
 # A line that opens or closes a fenced block; a pair of fences within a line is none.
 FENCE = re.compile(r"^[ \t]*`{3,}[^`\n]*\n?", re.MULTILINE)
 DEFINED = re.compile(r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*=", re.MULTILINE)
@@ -27,14 +31,26 @@ MATH_TIMEOUT_S = 5
 def final_number(text: str) -> str | None:
     """The number that a solution ends in, without signs of thousands and currency.
 
-    >>> final_number("So 3 * 4 = 12.\\n#### 1,012")
-    '1012'
+    It is the one after the first `####` that a number follows, as in the gold answers of GSM8K: what comes later is
+    rambling. Without that mark it is the last one that is announced, and without an announcement the last one of all.
+    Where a calculation is announced, it is the result.
+
+    >>> final_number("So 3 * 4 = 12.\\n#### 1,012"), final_number("The answer is 20-5=15")
+    ('1012', '15')
     >>> final_number("It costs $5.50."), final_number("no idea")
     ('5.50', None)
     """
-    announced = [found for part in ANNOUNCED.findall(text) if (found := NUMBER.findall(part))]
-    found = announced[-1][:1] if announced else NUMBER.findall(text)[-1:]
-    return re.sub(r"[$,]", "", found[0]) if found else None
+    text = text.translate(PLAIN_SIGNS)
+    announced = [part.partition("\n")[0] for part in ANNOUNCED.split(text)[1:]]
+    lines = MARKED.findall(text)[:1] or [line for line in announced if NUMBER.search(line)][-1:]
+    number = _announced(lines[0]) if lines else ([None, *NUMBER.findall(text)])[-1]
+    return re.sub(r"[$,]", "", number) if number else None
+
+
+def _announced(line: str) -> str:
+    """The number of a line that has one: the result if the line begins with a calculation, else the first."""
+    calculated = CALCULATION.match(line)
+    return calculated[1] if calculated else NUMBER.findall(line)[0]
 
 
 def same_number(one: str | None, other: str | None) -> bool:
