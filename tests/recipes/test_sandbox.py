@@ -218,6 +218,34 @@ def test_no_network_not_even_to_this_machine(attempt: str) -> None:
             server.accept()
 
 
+@pytest.mark.parametrize("kind", ["SOCK_DGRAM", "SOCK_SEQPACKET", "SOCK_DGRAM | socket.SOCK_NONBLOCK"])
+def test_no_socket_of_this_machine_is_reached_through_a_pair(kind: str) -> None:
+    """Landlock does not keep a datagram from a socket that has a path."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        path = f"{folder}/listener"  # pytest's own folders are too long for a socket's path
+        listener.bind(path)
+        os.chmod(folder, 0o755)
+        os.chmod(path, 0o777)
+        listener.setblocking(False)
+        source = f"import socket\none, _ = socket.socketpair(socket.AF_UNIX, socket.{kind})\none.sendto(b'x', {path!r})"
+        result = outcome(source)
+        assert not result.passed
+        assert "PermissionError" in result.output
+        with pytest.raises(BlockingIOError):
+            listener.recv(1)
+
+
+def test_a_pair_of_stream_sockets_works_and_hands_no_file_on() -> None:
+    source = (
+        "import asyncio, os, socket\none, other = socket.socketpair()\n"
+        "one.sendall(b'ping'); print(other.recv(4)); asyncio.run(asyncio.sleep(0))\n"
+        "try: socket.send_fds(one, [b'x'], [0])\nexcept PermissionError: print('refused')\n"
+    )
+    result = outcome(source)
+    assert result.passed, result
+    assert result.output.splitlines() == ["b'ping'", "refused"]
+
+
 FORKER = """
 import os, subprocess, sys, time
 for _ in range(64):

@@ -25,11 +25,12 @@ READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
 OF_A_FILE = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15  # the rights that make sense for what is no folder
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
-# System calls refused with EPERM: the network and its back doors; what Landlock does not cover (modes, owners, times,
-# attributes of files anywhere); memory that no limit counts; other processes; and parts of the kernel with a history.
+# System calls refused with EPERM: the network and its back doors; handing open files on; what Landlock does not cover
+# (modes, owners, times, attributes of files anywhere); memory that no limit counts; other processes; and parts of the
+# kernel with a history.
 DENIED = {
     "x86_64": {
-        "socket": 41, "io_uring_setup": 425,
+        "socket": 41, "sendmsg": 46, "sendmmsg": 307, "io_uring_setup": 425,
         "truncate": 76, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "utime": 132, "utimes": 235,
         "fchownat": 260, "futimesat": 261, "fchmodat": 268, "utimensat": 280, "fchmodat2": 452, "setxattr": 188,
         "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
@@ -40,7 +41,7 @@ DENIED = {
         "perf_event_open": 298, "userfaultfd": 323,
     },
     "aarch64": {
-        "socket": 198, "io_uring_setup": 425,
+        "socket": 198, "sendmsg": 211, "sendmmsg": 269, "io_uring_setup": 425,
         "truncate": 45, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55, "utimensat": 88, "fchmodat2": 452,
         "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16,
         "setxattrat": 463, "removexattrat": 466,
@@ -72,6 +73,9 @@ SIGNALS = {
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
+# A pair of stream sockets is a pipe in both directions; one of datagrams would send to any socket that has a path.
+SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
+SOCK_STREAM, SOCKET_TYPE = 1, 0xF  # the rest of the argument is flags
 X32 = 0x40000000  # x86_64's second set of system call numbers
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -183,16 +187,16 @@ def filter_system_calls(signals: bool) -> None:
     """Refuse the system calls in `DENIED`, and sending signals too unless `signals` is set."""
     machine = platform.machine()
     refused = [*DENIED[machine].values(), *(() if signals else SIGNALS[machine].values())]
-    program = _filter(AUDIT_ARCH[machine], refused, CLONE[machine])
+    program = _filter(AUDIT_ARCH[machine], refused, CLONE[machine], SOCKETPAIR[machine])
     code = ctypes.create_string_buffer(b"".join(program))
     # struct sock_fprog: a count, padding, a pointer
     fprog = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
     _prctl("PR_SET_SECCOMP", PR_SET_SECCOMP, 2, ctypes.addressof(fprog))
 
 
-def _filter(arch: int, refused: Sequence[int], clone: int) -> list[bytes]:
-    """The filter as classic BPF over struct seccomp_data: nr at 0, arch at 4, the first argument at 16."""
-    load, equal, at_least, any_bit, done = 0x20, 0x15, 0x35, 0x45, 0x06
+def _filter(arch: int, refused: Sequence[int], clone: int, socketpair: int) -> list[bytes]:
+    """The filter as classic BPF over struct seccomp_data: nr at 0, arch at 4, the first arguments at 16 and 24."""
+    load, equal, at_least, any_bit, bit_and, done = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     allow, kill, eperm, enosys = 0x7FFF0000, 0x80000000, 0x00050000 | EPERM, 0x00050000 | ENOSYS
 
     def step(code: int, k: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
@@ -203,5 +207,7 @@ def _filter(arch: int, refused: Sequence[int], clone: int) -> list[bytes]:
     for number in refused:
         program += [step(equal, number, 0, 1), step(done, eperm)]
     program += [step(equal, CLONE3, 0, 1), step(done, enosys)]  # its flags lie in memory; libc falls back to clone
+    program += [step(equal, socketpair, 0, 5), step(load, 24), step(bit_and, SOCKET_TYPE)]
+    program += [step(equal, SOCK_STREAM, 1, 0), step(done, eperm), step(done, allow)]
     program += [step(equal, clone, 0, 3), step(load, 16), step(any_bit, CLONE_NEWUSER, 0, 1), step(done, eperm)]
     return [*program, step(done, allow)]
