@@ -206,3 +206,32 @@ def test_no_argument_is_required(net, config_class):
     model = adapted(net(nn.Linear(384, 512)), config_class(target_modules=["layer"]))
     assert "spec" in model.peft_config["default"].resolved["layer"]
     assert "scaling=1.0" in repr(model)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["out_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["out_proj"], "target_parameters": ["layer.in_proj_weight"]},
+        {"target_parameters": ["out_proj.weight"]},
+    ],
+    ids=str,
+)
+def test_a_projection_that_is_never_called(net, method, targets):
+    """nn.MultiheadAttention reads out_proj.weight: an adapter of it would train nothing, in silence."""
+    base = net(nn.MultiheadAttention(16, 2))
+    with pytest.raises(ConfigError, match=r"never calls out_proj.*in_proj_weight with target_parameters"):
+        adapted(base, method(**targets))
+    assert kron_layers(adapted(base, method(target_parameters=["layer.in_proj_weight"])))
+
+
+def test_an_encoder_layer_does_not_pass_over_its_adapters(net, method):
+    """nn.TransformerEncoderLayer's fast path in eval mode reads the base weights of all its modules."""
+    base = net(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    x, expected = torch.randn(2, 3, 16), copy.deepcopy(base)
+    model = adapted(base, method(target_modules=["linear1", "linear2"]))
+    for name, layer in kron_layers(model.base_model.model).items():
+        expected.get_submodule(name).weight.data += true_delta(layer).float()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-5)

@@ -32,6 +32,27 @@ LAYERS = {
 }
 
 
+PARAMETRISED = {
+    "parametrised": nn.utils.parametrizations.weight_norm,
+    "hooked": pytest.param(torch.nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+}
+
+
+@pytest.mark.parametrize("norm", PARAMETRISED.values(), ids=PARAMETRISED)
+@pytest.mark.parametrize("build", [lambda: nn.Linear(8, 12), lambda: nn.Conv1d(8, 12, 3)], ids=["linear", "conv1d"])
+def test_a_weight_that_is_computed_cannot_be_merged_into(net, method, norm, build):
+    """The adapter itself works; what is written to such a weight would be lost at once."""
+    base = net(norm(build()))
+    x = torch.randn(2, 8, 8)
+    plain = base(x)
+    model = adapted(base, method(target_modules=["layer"]))
+    unmerged = model(x)
+    assert not torch.allclose(unmerged, plain, atol=1e-3)
+    with pytest.raises(ConfigError, match=r"weight of layer is computed from other parameters.*Keep the adapter"):
+        model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_merged_weight_is_rounded_once(net, variant, kind, dtype):

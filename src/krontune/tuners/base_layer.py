@@ -239,7 +239,8 @@ class KronLayer(_peft.BaseTunerLayer):
             adapter_names: which; the active ones if None.
 
         Raises:
-            ConfigError: safe_merge found a NaN or Inf, or the weight is quantised in a way that cannot be written.
+            ConfigError: safe_merge found a NaN or Inf, or the weight cannot be written: it is quantised in such a way,
+                or parametrised.
         """
         new = [a for a in _peft.check_adapters_to_merge(self, adapter_names) if a in self.specs]
         if not new:
@@ -248,6 +249,12 @@ class KronLayer(_peft.BaseTunerLayer):
             raise ConfigError(
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into. Keep the adapter unmerged, "
                 "or load the base model unquantised."
+            )
+        if self.quantization_backend is None and self.weight_name not in self.get_base_layer()._parameters:
+            raise ConfigError(
+                f"The {self.weight_name} of {self.module_name} is computed from other parameters (weight norm or "
+                "another parametrisation), so that nothing can be merged into it. Keep the adapter unmerged, or remove "
+                "the parametrisation before get_peft_model."
             )
         self.check_loaded(new)
         if self.quantization_backend is not None:

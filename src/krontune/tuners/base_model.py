@@ -129,9 +129,17 @@ class KronModel(_peft.BaseTuner):
         **_: Any,
     ) -> None:
         if not isinstance(target, KronLayer) or (parameter_name and target.weight_name != parameter_name):
+            if isinstance(parent, nn.MultiheadAttention):
+                raise ConfigError(
+                    f"{current_key}: nn.MultiheadAttention never calls {target_name}, it reads the weight, so that an "
+                    "adapter there would do nothing. Adapt its in_proj_weight with target_parameters, and leave "
+                    f"{target_name} out with exclude_modules."
+                )
             cls = self.wrapper_class if parameter_name else self.layer_class
             layer = cls(target, current_key, parameter_name, **_peft.get_quantization_kwargs(self.model))
             layer.is_tied = id(layer.base_parameter) in self._tied
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                layer.register_forward_hook(_seen)
             self._replace_module(parent, target_name, layer, target)
             target = layer
         self._targets[_unwrapped(current_key)] = target
@@ -341,6 +349,10 @@ class KronModel(_peft.BaseTuner):
                 yield f"{_unwrapped(path)}.{module.parameter_name}", path, module
             elif isinstance(module, KronLayer):
                 yield _unwrapped(path), path, module
+
+
+def _seen(module: nn.Module, args: tuple, output: Any) -> None:
+    """A hook that does nothing: nn.TransformerEncoderLayer in eval mode reads base weights, unless a module has one."""
 
 
 def _modules_inside(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
