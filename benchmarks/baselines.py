@@ -22,12 +22,14 @@ class MaterialisedLsr(nn.Module):
         super().__init__()
         self.base = base
         ranks, outs, ins = split_dim(r), split_dim(base.out_features), split_dim(base.in_features)
-        self.A = nn.ParameterList(torch.randn(s, p, q) / 10 for p, q in zip(ranks, ins, strict=True))
-        self.B = nn.ParameterList(torch.randn(s, p, q) / 10 for p, q in zip(outs, ranks, strict=True))
+        like = {"device": base.weight.device}  # the factors are float32, as every adapter's
+        self.A = nn.ParameterList(torch.randn(s, p, q, **like) / 10 for p, q in zip(ranks, ins, strict=True))
+        self.B = nn.ParameterList(torch.randn(s, p, q, **like) / 10 for p, q in zip(outs, ranks, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> (..., m)."""
-        return self.base(x) + F.linear(F.linear(x, _sum_of_terms(*self.A)), _sum_of_terms(*self.B))
+        A, B = (_sum_of_terms(*factors).to(x.dtype) for factors in (self.A, self.B))
+        return self.base(x) + F.linear(F.linear(x, A), B)
 
 
 def _sum_of_terms(P: Tensor, Q: Tensor) -> Tensor:
@@ -46,12 +48,13 @@ class FastKronLinear(nn.Module):
         shape = square_shape(base.out_features, base.in_features)
         self.base = base
         self.product: Callable[..., Tensor] = fastkrontorch.gemkm
-        self.At = nn.Parameter(torch.randn(shape.n1, shape.m1) / 10)  # it multiplies from the right
-        self.Bt = nn.Parameter(torch.randn(shape.n2, shape.m2) / 10)
+        device = base.weight.device
+        self.At = nn.Parameter(torch.randn(shape.n1, shape.m1, device=device) / 10)  # it multiplies from the right
+        self.Bt = nn.Parameter(torch.randn(shape.n2, shape.m2, device=device) / 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, n) -> (T, m)."""
-        factors = [factor.view_as(factor) for factor in (self.At, self.Bt)]  # it takes plain tensors alone
+        factors = [factor.to(x.dtype).view_as(factor) for factor in (self.At, self.Bt)]  # it takes plain tensors alone
         return self.base(x) + self.product(x, factors)
 
 

@@ -51,14 +51,20 @@ def mean_regret(results: Results, prices: Device) -> float:
     for case in results.matching("paths/*"):
         paths = {path: record for path, record in results.cases[case].items() if path != BASE}
         first = next(iter(paths.values()))
-        sizes = first["tokens"], KronShape(*first["shape"]), first["terms"], first["trained"]
+        sizes, fold = (first["tokens"], KronShape(*first["shape"]), first["terms"], first["trained"]), _folds(first)
         times = {path: results.seconds(case, path).median for path in paths}
-        regrets.append(times[choose_path(*sizes, prices=prices)] / min(times.values()))
+        regrets.append(times[choose_path(*sizes, fold_weight=fold, prices=prices)] / min(times.values()))
     return sum(regrets) / len(regrets)
 
 
 def _counts(path: str, record: dict) -> tuple[float, ...]:
-    return tuple(path_work(path, record["tokens"], KronShape(*record["shape"]), record["terms"], record["trained"]))
+    sizes = record["tokens"], KronShape(*record["shape"]), record["terms"], record["trained"]
+    return tuple(path_work(path, *sizes, _folds(record)))
+
+
+def _folds(record: dict) -> bool:
+    """Whether the merged path added into the weight. Files from before this was recorded are of float32: it did."""
+    return bool(record.get("fold_weight", True))
 
 
 def _least_squares(rows: Tensor, values: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Case:
         quick_rounds: fewer rounds in --quick, where one takes seconds.
         once: the case is not about time; it runs a single time.
         memory: peak and saved bytes are taken, too.
-        give_up: see `measure.interleaved`.
+        give_up, aside: see `measure.interleaved`.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Case:
     once: bool = False
     memory: bool = True
     give_up: float = float("inf")
+    aside: tuple[str, ...] = ()
 
     def rounds(self, setting: Setting) -> int:
         """How often each contender is timed."""

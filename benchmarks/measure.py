@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,7 @@ def interleaved(
     seed: int = 0,
     give_up: float = float("inf"),
     seconds: float = 0.0,
+    aside: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Time every step `repetitions` times, taking turns in an order that is drawn anew each round.
 
@@ -56,6 +57,7 @@ def interleaved(
         device: "cpu" or "cuda".
         seed: of the order.
         give_up: a step that takes this many times the fastest one's time leaves after three rounds.
+        aside: labels that never leave, and that the others are not held against: what all of them contain, say.
         seconds: rounds are added for so long, up to MAX_ROUNDS: what is short is noisy.
 
     Returns:
@@ -71,8 +73,8 @@ def interleaved(
             if done >= repetitions and time.perf_counter() - start >= seconds:
                 break
             if done == 3:
-                times = {label: min(samples[label]["wall_s"]) for label in order}
-                order = [label for label in order if times[label] <= give_up * min(times.values())]
+                times = {label: min(samples[label]["wall_s"]) for label in order if label not in aside}
+                order = [label for label in order if times.get(label, 0.0) <= give_up * min(times.values())]
             rng.shuffle(order)
             for label in order:
                 wall, cpu = _sample(steps[label], calls[label], device)

@@ -15,7 +15,7 @@ from krontune.kron.cost import prices_of
 
 BASE = "base"
 FORMS: tuple[tuple[FactorShape, int], ...] = ((4, 8), (4, 16), ("square", 1), ("square", 16))
-#: A path slower than the best by this factor is dropped after three rounds: no choice depends on its exact time.
+#: A path slower than the best path by this factor is dropped after three rounds: no choice depends on its exact time.
 GIVE_UP = 3.0
 #: A path that is modelled to cost this many times the cheapest, frozen weight included, is not run: it may also need
 #: gigabytes (the a side of the p-family holds (T, m, K*n/p) intermediates).
@@ -52,14 +52,16 @@ def path_works(
 
     terms, trained = 2 * k, k if train else 0
     prices = prices_of(setting.device)
-    chosen = choose_path(tokens, shape, terms, trained, prices=prices)
-    sizes = {"tokens": tokens, "shape": list(shape), "terms": terms, "trained": trained}
+    fold = x.itemsize >= 4  # as krontune.kron does: added into a weight of 16 bits, a small update is rounded away
+    chosen = choose_path(tokens, shape, terms, trained, fold_weight=fold, prices=prices)
+    sizes = {"tokens": tokens, "shape": list(shape), "terms": terms, "trained": trained, "fold_weight": fold}
     known = [x, dA, dB, A0, B0, base.weight]
+    costs = path_costs(tokens, shape, terms, trained, fold_weight=fold, prices=prices)
     works = {
         path: Work(
             partial(step, path), partial(forward, path) if train else None, known, {**sizes, "chosen": path == chosen}
         )
-        for path in _sensible(path_costs(tokens, shape, terms, trained, prices=prices), tokens * m * n * (1 + train))
+        for path in _sensible(costs, tokens * m * n * (1 + train))
     }
     return {BASE: Work(partial(step, BASE), None, known, sizes), **works}
 
@@ -86,4 +88,4 @@ def path_case(m: int, n: int, tokens: int, factor_shape: FactorShape, k: int, tr
     form = f"p={factor_shape}" if isinstance(factor_shape, int) else factor_shape
     setup = partial(path_works, m=m, n=n, tokens=tokens, factor_shape=factor_shape, k=k, train=train)
     name = f"paths/{m}x{n}/{tokens}/{form} K={k}/{'train' if train else 'eval'}"
-    return Case(name, setup, quick=(m, n, tokens) == (768, 768, 128), give_up=GIVE_UP)
+    return Case(name, setup, quick=(m, n, tokens) == (768, 768, 128), give_up=GIVE_UP, aside=(BASE,))

@@ -95,12 +95,12 @@ class Results:
         return spread(self.cases[case][label][clock or self.clock])
 
     def ratio(self, case: str, label: str, over: str, clock: str | None = None) -> Spread:
-        """How many times as long one contender took as another, round by round of the interleaved run."""
+        """How many times as long one contender took as another, over the rounds that both took part in.
+
+        The first rounds are those: who leaves does so for good.
+        """
         ours, theirs = (self.cases[case][name][clock or self.clock] for name in (label, over))
-        if len(ours) != len(theirs):
-            whole = spread(ours).median / spread(theirs).median
-            return Spread(whole, whole, whole)
-        return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+        return spread([a / b for a, b in zip(ours, theirs, strict=False)])
 
 
 def header(setting: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def measured(case: Case, setting: Setting) -> dict[str, dict[str, Any]]:
     else:
         steps = {label: work.step for label, work in working.items()}
         rounds = case.rounds(setting)
-        records = interleaved(steps, rounds, setting.device, setting.seed, case.give_up, setting.seconds)
+        options = (setting.device, setting.seed, case.give_up, setting.seconds, case.aside)
+        records = interleaved(steps, rounds, *options)
     for label, work in working.items():
         records[label].update(work.facts)
         if case.memory:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from benchmarks.cases import Case, Setting
 from benchmarks.contenders import adapted, frozen_linear
 from benchmarks.measure import Work
+from benchmarks.targets import LLAMA2_7B
 from krontune import SokaConfig
 from krontune.kron import FactorShape, nearest_kron, resolve_shape
 
 RANK = 16
 PISSA = "pissa_niter_4"
-#: How often each (out, in) stands in LLaMA2-7B: q, k, v, o; gate, up; down; times 32 layers.
-LLAMA2_7B = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 
 
 def start_works(setting: Setting, m: int, n: int) -> dict[str, Work]:

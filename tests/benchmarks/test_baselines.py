@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.cases import grid_labels
+from benchmarks import paths
+from benchmarks.cases import Setting, grid_labels
 from benchmarks.contenders import builder, equal_rank, frozen_linear
+from benchmarks.paths import path_works
+from krontune.kron import kron_delta_linear, linear
 
 OUT, IN = 24, 16
 
@@ -57,6 +60,29 @@ def test_materialised_lsr_is_the_sum_of_its_terms(base: nn.Linear) -> None:
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == sum(
         p.numel() for p in ours.parameters() if p.requires_grad
     )
+
+
+@pytest.mark.parametrize("label", [label for label in grid_labels(OUT, IN) if not label.startswith(("LyC", "Fast"))])
+def test_contenders_take_16_bits(label: str) -> None:
+    layer = builder(label)(frozen_linear(OUT, IN, "cpu", torch.bfloat16))
+    x = torch.randn(5, IN, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train", [False, True])
+def test_the_chosen_path_is_the_one_that_is_taken(dtype: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits the merged path makes a product of its own, so that another may be cheaper."""
+    taken: list[str] = []
+    choose = linear._choose
+    monkeypatch.setattr(linear, "_choose", lambda *args: taken.append(choose(*args)) or taken[-1])
+    works = path_works(Setting(dtype=dtype), 576, 576, 512, 4, 16, train)
+    monkeypatch.setattr(paths, "kron_delta_linear", lambda *args, path: kron_delta_linear(*args))
+    next(work for label, work in works.items() if label != "base").step()
+    assert [label for label, work in works.items() if work.facts.get("chosen")] == taken
+    assert all(work.facts["fold_weight"] == (dtype == "float32") for work in works.values())
 
 
 @pytest.mark.parametrize("label", ["LyCORIS LoKr", "LyCORIS LoKr, bypass"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.measure import interleaved, peak_bytes, saved_bytes
+from benchmarks.paths import path_cases
 
 
 def test_every_step_takes_its_turn_in_every_round() -> None:
@@ -25,6 +26,15 @@ def test_a_hopeless_step_leaves_after_three_rounds() -> None:
     slow = torch.randn(900, 900)
     samples = interleaved({"quick": lambda: None, "slow": lambda: slow @ slow}, repetitions=6, give_up=3.0)
     assert len(samples["slow"]["wall_s"]) == 3 and len(samples["quick"]["wall_s"]) == 6
+
+
+def test_what_all_contain_neither_leaves_nor_makes_others_leave() -> None:
+    """A frozen layer alone is faster than any path around it: the paths are compared with each other."""
+    slow, slower = torch.randn(400, 400), torch.randn(1600, 1600)
+    steps = {"base": lambda: None, "path": lambda: slow @ slow, "hopeless": lambda: slower @ slower}
+    samples = interleaved(steps, repetitions=6, give_up=3.0, aside=("base",))
+    assert {label: len(record["wall_s"]) for label, record in samples.items()} == {"base": 6, "path": 6, "hopeless": 3}
+    assert all(case.aside == ("base",) for case in path_cases())
 
 
 def test_peak_bytes_counts_what_lives_at_once() -> None:

@@ -43,6 +43,11 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios(results: Results) -> None:
     assert results.ratio("layer/768x768/128/train", "LSR r=4 s=16", "base", "wall_s").median == pytest.approx(2)
 
 
+def test_a_ratio_is_over_the_rounds_that_both_took_part_in() -> None:
+    case = {"base": timed(1, 1, 2, 8, 8), "left after three": timed(2, 3, 4)}
+    assert Results(header(SETTING), {"c": case}).ratio("c", "left after three", "base") == spread([2, 3, 2])
+
+
 def test_save_and_load(results: Results, tmp_path: Path) -> None:
     results.save(tmp_path / "r.json")
     again = Results.load(tmp_path / "r.json")
