@@ -271,3 +271,20 @@ def test_errors_name_what_was_got_and_what_is_needed():
         kron_linear(x, dA[None], dB[None])
     with pytest.raises(ShapeError, match=r"A0 is \(2, 4, 3\)"):
         kron_delta_linear(x, dA, dB, A0[:2], B0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_functional_transforms(path):
+    """torch.func sees torch's own operations on every path."""
+    factors, x, weight = delta_factors(), normal(5, SHAPE.n, seed=2), normal(SHAPE.m, SHAPE.n, seed=3)
+
+    def loss(dA, dB, x):
+        return kron_delta_linear(x, dA, dB, *factors[2:], weight, path=path).square().sum()
+
+    expected = torch.autograd.grad(loss(*factors[:2], x), factors[:2])
+    dA, dB = (f.detach() for f in factors[:2])
+    each = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, None, 0))(dA, dB, x)
+    _, slope = torch.func.jvp(lambda dA, dB: loss(dA, dB, x), (dA, dB), expected)
+    for got, truth in zip(each, expected, strict=True):
+        assert_near(got.sum(0), truth, terms=1000)
+    assert_near(slope, sum(truth.square().sum() for truth in expected), terms=1000)

@@ -9,6 +9,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 from tests.tuners.helpers import (
     TARGETS,
@@ -156,3 +158,32 @@ def test_meta_device_and_back(tiny, batch, method):
     ids = {"input_ids": batch["input_ids"]}
     empty.get_base_model().model.rotary_emb = real.get_base_model().model.rotary_emb  # a buffer that is not saved
     assert torch.equal(logits(empty, ids), logits(real, ids))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("grad_enabled", [False, True], ids=["no_grad", ""])
+@pytest.mark.parametrize("kind", COMPILED)
+def test_functional_transforms(net, method, kind, training, grad_enabled):
+    """torch.func.grad, jvp and vmap over functional_call, and forward-mode AD, give what .backward() gives."""
+    build, shape = COMPILED[kind]
+    x = torch.randint(0, 40, (3, 5)) if shape is None else torch.randn(shape)
+    model = adapted(net(build()), method(target_modules=["layer"])).train(training)
+    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(factors, x):
+        return functional_call(model, factors, (x,)).square().sum()
+
+    loss(dict(model.named_parameters()), x).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    tangents = {name: torch.randn_like(factor) for name, factor in factors.items()}
+    slope = sum((tangents[name] * gradient).sum() for name, gradient in expected.items())
+    with torch.set_grad_enabled(grad_enabled):
+        torch.testing.assert_close(torch.func.grad(loss)(factors, x), expected, rtol=1e-3, atol=1e-4)
+        _, got = torch.func.jvp(lambda factors: loss(factors, x), (factors,), (tangents,))
+        torch.testing.assert_close(got, slope, rtol=1e-3, atol=1e-4)
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(factors, torch.stack([x, x]))
+        torch.testing.assert_close({name: g[1] for name, g in each.items()}, expected, rtol=1e-3, atol=1e-4)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(factor, tangents[name]) for name, factor in factors.items()}
+        got = forward_ad.unpack_dual(loss(dual, x)).tangent
+    torch.testing.assert_close(got, slope, rtol=1e-3, atol=1e-4)

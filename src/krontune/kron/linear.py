@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from krontune.errors import ConfigError, ShapeError
-from krontune.kron.autograd import cast_to, flat, plain_grads, to_compute, without_autocast
+from krontune.kron.autograd import Product, apply_product, cast_to, flat, has_backward, to_compute
 from krontune.kron.cost import choose_path, prices_of
 from krontune.kron.paths import PATHS, Terms, apply_terms, terms_grads
 from krontune.kron.product import kron_sum, sum_shape
@@ -113,16 +113,11 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float,
     if path not in (*PATHS, "auto"):
         raise ConfigError(f"path {path!r} is unknown; allowed: auto, {', '.join(PATHS)}.")
     x = to_compute(x)
-    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *factors))
     if path == "auto":
         K = len(factors[0])
-        terms, trained = (K if len(factors) == 2 else 2 * K), (K if backward else 0)
+        terms, trained = (K if len(factors) == 2 else 2 * K), (K if has_backward(x, weight, bias, *factors) else 0)
         path = _choose(math.prod(x.shape[:-1]), shape, terms, trained, _folds(weight, x), x.device.type)
-    if torch.compiler.is_compiling():
-        return _plain(x, weight, bias, scale, path, *factors)
-    with without_autocast(x):
-        product = _KronLinear.apply if backward else _fast
-        return product(x, weight, bias, scale, path, *factors)
+    return apply_product(_PRODUCT, x, weight, bias, scale, path, *factors)
 
 
 def _choose(tokens: int, shape: KronShape, terms: int, trained: int, fold_weight: bool, device: str) -> str:
@@ -156,7 +151,7 @@ def _terms(factors: tuple[Tensor, ...], scale: float, path: str, dtype: torch.dt
 
 
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor) -> Tensor:
-    """In differentiable torch operations alone: what torch.compile and a second derivative see."""
+    """In differentiable torch operations alone: what torch.compile, torch.func and second derivatives see."""
     value, _ = _terms(factors, scale, path, x.dtype)
     W, b = cast_to(weight, x), cast_to(bias, x)
     if path == "merged":
@@ -184,32 +179,24 @@ def _fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, p
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class _KronLinear(torch.autograd.Function):
-    """`_fast`, with a backward that keeps the inputs and nothing else."""
+def _grads(
+    rows: Tensor,
+    g: Tensor,
+    W: Tensor | None,
+    scale: float,
+    path: str,
+    factors: Sequence[Tensor],
+    need_x: bool,
+    need_factors: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of the rows and of the first two factors, as `Product.grads` wants them."""
+    value, trained = _terms(tuple(factors), scale, path, rows.dtype)
+    fold = path == "merged" and _folds(W, rows)
+    wanted = (need_x, need_factors[0], need_factors[1])
+    gx, gA, gB = terms_grads(rows, g, value, trained, path, wanted, W if fold else None)
+    if gx is not None and W is not None and not fold:
+        gx = gx.addmm_(g, W)
+    return gx, [gA if gA is None else scale * gA, gB, *(None for _ in factors[2:])]
 
-    @staticmethod
-    def forward(  # one function with its context: the form with a setup_context costs 60 us a call more
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor
-    ) -> Tensor:
-        ctx.scale, ctx.path = scale, path
-        ctx.save_for_backward(x, weight, bias, *factors)
-        return _fast(x, weight, bias, scale, path, *factors)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *factors = ctx.saved_tensors
-        with without_autocast(x):
-            if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated in turn
-                return plain_grads(_plain, g, (x, weight, bias, ctx.scale, ctx.path, *factors), ctx.needs_input_grad)
-            need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
-            value, trained = _terms(tuple(factors), ctx.scale, ctx.path, x.dtype)
-            W, rows, g = cast_to(weight, x), flat(x), flat(g)
-            fold = ctx.path == "merged" and _folds(weight, x)
-            wanted = (need_x, *need_factors[:2])
-            gx, gA, gB = terms_grads(rows, g, value, trained, ctx.path, wanted, W if fold else None)
-            if gx is not None:
-                gx = (gx if W is None or fold else gx.addmm_(g, W)).view(x.shape)
-            gA = gA if gA is None else ctx.scale * gA
-            g_weight = g.mT @ rows if need_weight else None
-            g_bias = g.sum(0) if need_bias else None
-        return (gx, g_weight, g_bias, None, None, gA, gB, *(None for _ in factors[2:]))
+_PRODUCT = Product(_plain, _fast, _grads)

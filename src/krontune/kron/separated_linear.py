@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from krontune.errors import ShapeError
-from krontune.kron.autograd import cast_to, flat, plain_grads, to_compute, without_autocast
+from krontune.kron.autograd import Product, apply_product, cast_to, flat, to_compute
 from krontune.kron.separation import check_factors, separated_grads, separated_shape, separated_sum
 
 
@@ -52,13 +51,7 @@ def separated_linear(
             f"x is {tuple(x.shape)}, A ({r}, {n}), B ({m}, {columns}), weight "
             f"{None if weight is None else tuple(weight.shape)}; they must be (..., n), (r, n), (m, r) and (m, n)."
         )
-    x = to_compute(x)
-    inputs: tuple[Any, ...] = (x, weight, bias, scale, len(a_factors), *a_factors, *b_factors)
-    if torch.compiler.is_compiling():
-        return _plain(*inputs)
-    backward = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    with without_autocast(x):
-        return (_SeparatedLinear.apply if backward else _fast)(*inputs)
+    return apply_product(_PRODUCT, to_compute(x), weight, bias, scale, len(a_factors), *a_factors, *b_factors)
 
 
 def low_rank_linear(
@@ -91,7 +84,7 @@ def low_rank_pair(
 
 
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d: int, *factors: Tensor) -> Tensor:
-    """In differentiable torch operations alone: what torch.compile and a second derivative see."""
+    """In differentiable torch operations alone: what torch.compile, torch.func and second derivatives see."""
     A, Bt = low_rank_pair(factors[:d], factors[d:], scale, x.dtype)
     W, b = cast_to(weight, x), cast_to(bias, x)
     y = F.linear(x, A) @ Bt
@@ -106,35 +99,27 @@ def _fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d
     return low_rank_linear(x, *pair, cast_to(weight, x), cast_to(bias, x))
 
 
-class _SeparatedLinear(torch.autograd.Function):
-    """`_fast`, with a backward that keeps the inputs and nothing else."""
+def _grads(
+    rows: Tensor,
+    g: Tensor,
+    W: Tensor | None,
+    scale: float,
+    d: int,
+    factors: Sequence[Tensor],
+    need_x: bool,
+    need_factors: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of the rows and of the factors, as `Product.grads` wants them."""
+    A, Bt = low_rank_pair(factors[:d], factors[d:], scale, rows.dtype)
+    gh = F.linear(g, Bt)
+    gx = None
+    if need_x:
+        gx = gh @ A if W is None else (g @ W).addmm_(gh, A)
+    if not any(need_factors):
+        return gx, [None] * len(factors)
+    gA, gBt = gh.t() @ rows, F.linear(rows, A).t() @ g
+    g_up = separated_grads(factors[d:], gBt if scale == 1 else scale * gBt, transposed=True)
+    return gx, [*separated_grads(factors[:d], gA), *g_up]
 
-    @staticmethod
-    def forward(  # one function with its context: the form with a setup_context costs 60 us a call more
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, d: int, *factors: Tensor
-    ) -> Tensor:
-        ctx.scale, ctx.d = scale, d
-        ctx.save_for_backward(x, weight, bias, *factors)
-        return _fast(x, weight, bias, scale, d, *factors)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *factors = ctx.saved_tensors
-        with without_autocast(x):
-            if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated in turn
-                return plain_grads(_plain, g, (x, weight, bias, ctx.scale, ctx.d, *factors), ctx.needs_input_grad)
-            need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
-            A, Bt = low_rank_pair(factors[: ctx.d], factors[ctx.d :], ctx.scale, x.dtype)
-            W, rows, g = cast_to(weight, x), flat(x), flat(g)
-            gh = F.linear(g, Bt)
-            gx = None
-            if need_x:
-                gx = (gh @ A if W is None else (g @ W).addmm_(gh, A)).view(x.shape)
-            g_factors: list[Tensor | None] = [None] * len(factors)
-            if any(need_factors):
-                gA, gBt = gh.t() @ rows, F.linear(rows, A).t() @ g
-                g_up = separated_grads(factors[ctx.d :], gBt if ctx.scale == 1 else ctx.scale * gBt, transposed=True)
-                g_factors = [*separated_grads(factors[: ctx.d], gA), *g_up]
-            g_weight = g.mT @ rows if need_weight else None
-            g_bias = g.sum(0) if need_bias else None
-        return (gx, g_weight, g_bias, None, None, *g_factors)
+_PRODUCT = Product(_plain, _fast, _grads)

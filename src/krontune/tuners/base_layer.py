@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from krontune.errors import CheckpointError, ConfigError
+from krontune.kron.autograd import must_be_plain
 from krontune.tuners import _peft
 from krontune.tuners.hosts import host_of, restore_codes, storage_of
 from krontune.tuners.remembered import Remembered
@@ -198,7 +199,7 @@ class KronLayer(_peft.BaseTunerLayer):
         """Where what the factors make up is kept between forwards: in eval mode, without gradients, on the CPU."""
         if self.training or torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return None
-        return None if torch.compiler.is_compiling() else self._built.setdefault(adapter, Remembered())
+        return None if must_be_plain() else self._built.setdefault(adapter, Remembered())
 
     def update(self, x: Tensor, adapter: str) -> Tensor:
         """What `adapter` adds to the layer's output for the input x."""
@@ -393,8 +394,9 @@ class ParameterLayer(KronLayer):
 def _unload_children(module: nn.Module, **how: Any) -> None:
     """Take the adapters off all modules below one; `how` as for unload_and_optionally_merge_module."""
     for name, child in list(module.named_children()):
-        if hasattr(child, "unload_and_optionally_merge_module"):
-            setattr(module, name, child.unload_and_optionally_merge_module(**how))
+        unload = getattr(child, "unload_and_optionally_merge_module", None)
+        if callable(unload):
+            setattr(module, name, unload(**how))
         else:
             _unload_children(child, **how)
 
