@@ -35,7 +35,8 @@ def describe(results: Results) -> str:
     }[results.clock]
     return (
         f"{where}; {setting['threads']} thread(s), {setting['dtype']}. {packages}.\n"
-        f"Times are {clock}: medians of at least {setting['repetitions']} interleaved rounds; "
+        f"Times are {clock}: medians of at least {setting['repetitions']} interleaved rounds (of 3 for "
+        "a path of SoKA's product that was dropped as hopeless); "
         "a ratio is the median over the rounds of the ratio within a round, with its 20th and 80th percentile.\n"
     )
 
@@ -115,7 +116,10 @@ def training_table(results: Results) -> str:
 
 
 def path_table(results: Results) -> str:
-    """For each case the chosen path, the fastest one and the regret: the former's time over the latter's."""
+    """For each case the chosen path, the fastest one and the regret: the former's time over the latter's.
+
+    The samples are the chosen path's.
+    """
     rows = []
     for case, regret in path_regrets(results).items():
         paths = {label: record for label, record in results.cases[case].items() if "chosen" in record}
@@ -125,7 +129,8 @@ def path_table(results: Results) -> str:
         base = results.seconds(case, "base").median
         best = min(times, key=times.__getitem__)
         rows.append([shape, tokens, form, mode, chosen, best, f"{times[chosen] / base:.2f}", f"{regret:.2f}"])
-    header = ["out x in", "tokens", "factors", "mode", "chosen", "fastest", "chosen over base", "regret"]
+        rows[-1].append(str(len(paths[chosen]["wall_s"])))
+    header = ["out x in", "tokens", "factors", "mode", "chosen", "fastest", "chosen over base", "regret", "samples"]
     return markdown(header, rows, "llllll")
 
 
@@ -150,7 +155,10 @@ def _measured(target: Target, figure: Spread | None) -> str:
     if figure is None:
         return "-"
     text = f"{figure.median:.{target.digits}f}" if figure.p20 == figure.p80 else _ratio(figure)
-    return f"**{text}**" if target.reached(figure) else f"{text} (missed)"
+    if target.reached(figure):
+        return f"**{text}**"
+    by = abs(figure.median / target.limit - 1)
+    return f"{text} (missed by {by:.0%})" if by >= 0.01 else f"{text} (missed by {by:.1%})"
 
 
 def _ratio(figure: Spread) -> str:
