@@ -131,6 +131,26 @@ def test_generation_config_object(tiny, batch, method):
     assert torch.equal(got, expected)
 
 
+def test_beams_of_the_model_itself(tiny, batch, method):
+    """What the user's GenerationConfig leaves open comes from the model's; a forward is not repeated by either."""
+    from transformers import GenerationConfig
+
+    base = tiny()
+    base.generation_config.num_beams = 3
+    model = _two_adapters(base, method(target_modules=TARGETS))
+    inputs = {key: batch[key][:2] for key in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4}
+    names = ["first", "second"]
+    got = model.generate(**inputs, adapter_names=names, generation_config=GenerationConfig(**settings))
+    for i, adapter in enumerate(names):
+        alone = _alone(model, adapter, lambda i=i: model.generate(**_row(inputs, i), num_beams=3, **settings))
+        assert torch.equal(got[i : i + 1], alone), adapter
+    assert "generate" not in vars(base)
+    six = batch["input_ids"].repeat(2, 1)
+    with pytest.raises(ConfigError, match="2 entries for a batch of 6"):
+        model(input_ids=six, adapter_names=names)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -294,7 +294,7 @@ class KronModel(_peft.BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this for each forward and generate call, with its arguments."""
         names = kwargs.pop("adapter_names", None)
-        with nullcontext() if names is None else adapter_by_row(self, names, kwargs):
+        with nullcontext() if names is None else adapter_by_row(self, names):
             yield
 
     # --------------------------------------------------------------------------------------------------------- joining

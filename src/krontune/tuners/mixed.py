@@ -18,13 +18,12 @@ BASE = "__base__"  # PEFT's name for a row that no adapter is applied to
 
 
 @contextmanager
-def adapter_by_row(tuner: nn.Module, names: Sequence[str], arguments: dict[str, Any]) -> Iterator[None]:
+def adapter_by_row(tuner: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """While this context lasts, row i of every batch goes through the adapter names[i].
 
     Args:
         tuner: a KronModel, in eval mode.
-        names: one adapter's name, or "__base__", for each row.
-        arguments: of the forward or generate call; those of generate say how often it repeats a row.
+        names: one adapter's name, or "__base__", for each row; generate may repeat the rows.
 
     Raises:
         ConfigError: training, unknown names, merged adapters, target_parameters, or another number of rows.
@@ -33,13 +32,14 @@ def adapter_by_row(tuner: nn.Module, names: Sequence[str], arguments: dict[str, 
         raise ConfigError("adapter_names is for inference. Call model.eval() first.")
     layers = [m for m in tuner.modules() if isinstance(m, KronLayer)]
     _check(layers, names)
-    copies = _copies_of_a_row(tuner.model, arguments)
-    to_layer, after_module = (partial(f, names=names, copies=copies) for f in (_hand_over, _mix_saved_modules))
+    rows = _Rows(names)
+    to_layer, after_module = (partial(f, rows=rows) for f in (_hand_over, _mix_saved_modules))
     handles = [layer.register_forward_pre_hook(to_layer, with_kwargs=True) for layer in layers]
     saved = [m for m in tuner.modules() if isinstance(m, _peft.ModulesToSaveWrapper)]
     handles += [module.register_forward_hook(after_module, with_kwargs=True) for module in saved]
     try:
-        yield
+        with _counting_beams(tuner.model, rows):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -57,38 +57,72 @@ def _check(layers: Sequence[KronLayer], names: Sequence[str]) -> None:
         raise ConfigError("adapter_names (mixed batches) does not work with target_parameters.")
 
 
-def _copies_of_a_row(model: Any, arguments: dict[str, Any]) -> int:
-    """How many rows of a decoder's batch generate makes of one: its beams, or the sequences to return."""
-    config = arguments.get("generation_config") or getattr(model, "generation_config", None)
-    sizes = (arguments.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
-    return max(sizes)
+class _Rows:
+    """The adapters of a batch's rows, each of which generate makes `copies` of, side by side."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        self.copies = 1
+
+    def of(self, x: Tensor) -> Sequence[str]:
+        """The adapter of every row of x."""
+        if len(x) == len(self.names) * self.copies:
+            return [name for name in self.names for _ in range(self.copies)]
+        if len(x) != len(self.names):  # an encoder's rows are not repeated
+            raise ConfigError(f"adapter_names has {len(self.names)} entries for a batch of {len(x)}. Give one a row.")
+        return self.names
 
 
-def _by_row(x: Tensor, names: Sequence[str], copies: int) -> Sequence[str]:
-    """The adapter of every row of x; rows that generate has repeated stand side by side."""
-    if len(x) == len(names) * copies:
-        return [name for name in names for _ in range(copies)]
-    if len(x) != len(names):  # an encoder's rows are not repeated
-        raise ConfigError(f"adapter_names has {len(names)} entries for a batch of {len(x)}. Give one name a row.")
-    return names
+@contextmanager
+def _counting_beams(model: Any, rows: _Rows) -> Iterator[None]:
+    """Set rows.copies while model.generate runs. PEFT says no more than that the model is used, not how."""
+    generate, own = getattr(model, "generate", None), vars(model).get("generate")
+    if generate is None:
+        yield
+        return
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        rows.copies = _copies_of_a_row(model, *args, **kwargs)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            rows.copies = 1
+
+    model.generate = counting
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.generate
+        else:
+            model.generate = own
 
 
-def _hand_over(
-    layer: KronLayer, args: tuple, kwargs: dict, *, names: Sequence[str], copies: int
-) -> tuple[tuple, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": _by_row(args[0], names, copies)}
+def _copies_of_a_row(model: Any, inputs: Any = None, generation_config: Any = None, *_: Any, **arguments: Any) -> int:
+    """How many rows of a decoder's batch generate makes of one: its beams, or the sequences to return.
+
+    What a call leaves open is taken from its generation_config, and what that leaves open from the model's.
+    """
+    configs = (generation_config, getattr(model, "generation_config", None))
+
+    def setting(name: str) -> int:
+        return next((v for v in (arguments.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), 1)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))
 
 
-def _mix_saved_modules(
-    module: Any, args: tuple, kwargs: dict, output: Tensor, *, names: Sequence[str], copies: int
-) -> Tensor:
+def _hand_over(layer: KronLayer, args: tuple, kwargs: dict, *, rows: _Rows) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": rows.of(args[0])}
+
+
+def _mix_saved_modules(module: Any, args: tuple, kwargs: dict, output: Tensor, *, rows: _Rows) -> Tensor:
     """The output of a module that is trained whole; PEFT's own mixing knows no norms, and ignores inactive adapters."""
     if module.disable_adapters:
         return output
     x, *rest = args
-    rows = _by_row(x, names, copies)
+    names = rows.of(x)
     mixed = module.original_module(x, *rest, **kwargs)
-    for adapter in set(rows) & set(module.modules_to_save):
-        index = torch.tensor([i for i, name in enumerate(rows) if name == adapter], device=x.device)
+    for adapter in set(names) & set(module.modules_to_save):
+        index = torch.tensor([i for i, name in enumerate(names) if name == adapter], device=x.device)
         mixed = mixed.index_copy(0, index, module.modules_to_save[adapter](x[index], *rest, **kwargs))
     return mixed
