@@ -32,6 +32,23 @@ LAYERS = {
 }
 
 
+def test_merging_keeps_a_float64_weight(net, method):
+    """The base's own digits stay: only the update is float32."""
+    base = net(nn.Linear(24, 36).double())
+    model = adapted(base, method(target_modules=["layer"]))
+    layer = one_layer(model)
+    before, delta = layer.get_base_weight().clone(), true_delta(layer)
+    model.merge_adapter()
+    error = (layer.get_base_weight() - before - delta).abs().max()
+    assert error <= 8 * torch.finfo(torch.float32).eps * delta.abs().max()
+    with torch.no_grad():
+        for factor in layer.factors("default"):
+            factor.zero_()
+    model.unmerge_adapter()
+    model.merge_adapter()
+    assert torch.equal(layer.get_base_weight(), before)
+
+
 PARAMETRISED = {
     "parametrised": nn.utils.parametrizations.weight_norm,
     "hooked": pytest.param(torch.nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),

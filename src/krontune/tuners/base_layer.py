@@ -230,7 +230,7 @@ class KronLayer(_peft.BaseTunerLayer):
         return self.host.from_matrix(self.delta_matrix(adapter), self.get_base_layer())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates to the base weight, summed in float32 and rounded once.
+        """Add the updates to the base weight, summed in float32 (float64 where it is that) and rounded once.
 
         The original weight is kept in host memory (quantised and tied ones where they are), so that `unmerge` restores
         its bits. A weight that is tied to another layer's is untied for as long, as the update is this layer's alone.
@@ -278,9 +278,9 @@ class KronLayer(_peft.BaseTunerLayer):
 
     @torch.no_grad()
     def _merged_weight(self, original: Tensor, adapters: Sequence[str]) -> Tensor:
-        total = original.to(self.base_parameter.device, torch.float32)
+        total = original.to(self.base_parameter.device, torch.promote_types(original.dtype, torch.float32))
         for adapter in adapters:
-            total = total + self.get_delta_weight(adapter).float()
+            total = total + self.get_delta_weight(adapter).to(total.dtype)
         return total.to(original.dtype)
 
     def _snapshot(self) -> dict:
