@@ -193,6 +193,32 @@ def test_a_full_folder_ends_the_program_and_is_removed(
     assert list(tmp_path.iterdir()) == []
 
 
+HOLDER = """
+import mmap, os, time
+held = []
+for i in range(30):
+    with open('file', 'wb+') as file:
+        file.write(b'x' * (1 << 20))
+        file.flush()
+        held.append({hold})
+    os.unlink('file')
+{then}
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("hold", ["os.dup(file.fileno())", "mmap.mmap(file.fileno(), 4096)"])
+@pytest.mark.parametrize("then", ["", "if os.fork(): held.clear(); os.closerange(3, 64)"])
+def test_files_without_a_name_count_while_they_are_held(hold: str, then: str) -> None:
+    result = outcome(HOLDER.format(hold=hold, then=then))
+    assert (result.status, result.passed) == ("files", False)
+    assert result.seconds < 30
+
+
+def test_files_that_are_gone_for_good_do_not_count() -> None:
+    assert outcome(HOLDER.format(hold="None", then="time.sleep(0.5); raise SystemExit")).status == "exit"
+
+
 def test_a_folder_that_cannot_be_listed_is_removed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert outcome("import os; os.makedirs('a/b'); os.mkdir('a/c', 0)").passed
@@ -364,3 +390,20 @@ def test_folder_size_counts_many_small_files(tmp_path: Path) -> None:
         (tmp_path / str(i)).touch()
     assert larger_than(str(tmp_path), 9 * 4096)
     assert not larger_than(str(tmp_path), 11 * 4096)
+
+
+@pytest.mark.parametrize("mode", [0o300, 0o600])
+def test_a_folder_that_cannot_be_looked_into_counts_as_full(tmp_path: Path, mode: int) -> None:
+    """Without the capabilities that let root look into everything."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "file").touch()
+    (tmp_path / "d").chmod(mode)
+    code = (
+        "from sandbox import confine, supervisor; confine.drop_privileges()\n"
+        f"print(supervisor.larger_than({str(tmp_path)!r}, 1 << 30))"
+    )
+    try:
+        output = subprocess.run(plain_python(code), capture_output=True, check=True, timeout=60).stdout
+    finally:
+        (tmp_path / "d").chmod(0o700)
+    assert output == b"True\n"

@@ -14,9 +14,12 @@ import json
 import os
 import selectors
 import signal
+import stat
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any, NoReturn
 
 from . import confine
@@ -193,7 +196,7 @@ class Watch:
             return "memory"
         if self.seconds >= self._folder_due:
             self._folder_due = self.seconds + FOLDER_POLL_S
-            if larger_than(self.request["work"], self.request["folder_bytes"]):
+            if larger_than(self.request["work"], self.request["folder_bytes"], pids):
                 return "files"
         return None
 
@@ -226,23 +229,61 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def larger_than(folder: str, most: int) -> bool:
-    """Whether a folder's files, at a page an entry at least, sum up to more than `most` bytes."""
-    total, queue = 0, [folder]
+def larger_than(folder: str, most: int, pids: Iterable[int] = ()) -> bool:
+    """Whether a folder's files sum up to more than `most` bytes, with those removed ones that processes still hold.
+
+    What cannot be looked into counts as more: a folder that may not be listed, or that lies so deep that it has no path
+    any more, and a process that hides what it holds.
+    """
+    total = 0
+    try:
+        for size in chain(sizes_in(folder), sizes_held(folder, pids)):
+            total += size
+            if total > most:
+                return True
+    except OSError:
+        return True
+    return False
+
+
+def sizes_in(folder: str) -> Iterator[int]:
+    """What every entry below a folder takes, a page at least."""
+    queue = [folder]
     while queue:
-        try:
-            with os.scandir(queue.pop()) as entries:
-                for entry in entries:
-                    total += PAGE + entry.stat(follow_symlinks=False).st_blocks * 512
+        with suppress(FileNotFoundError), os.scandir(queue.pop()) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # removed since, which says nothing about the others
+                    yield PAGE + entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         queue.append(entry.path)
-        except (FileNotFoundError, PermissionError):
+
+
+def sizes_held(folder: str, pids: Iterable[int]) -> Iterator[int]:
+    """What every file takes that has no name any more, but that a process has open or mapped."""
+    seen = set()
+    for pid in pids:
+        try:
+            holders = [f"fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")] + removed_mappings(folder, pid)
+        except PermissionError:
+            if resident_bytes(pid):
+                raise
+            continue  # it is ending, and nobody may look into what ends
+        except (FileNotFoundError, ProcessLookupError):
             continue
-        except OSError:
-            return True  # nested so deeply that it has no path any more
-        if total > most:
-            return True
-    return False
+        for holder in holders:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                file = os.stat(f"/proc/{pid}/{holder}")
+                if stat.S_ISREG(file.st_mode) and not file.st_nlink and (file.st_dev, file.st_ino) not in seen:
+                    seen.add((file.st_dev, file.st_ino))
+                    yield PAGE + file.st_blocks * 512
+
+
+def removed_mappings(folder: str, pid: int) -> list[str]:
+    """The mappings of files that have been removed from the folder, as names in /proc/PID."""
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
+        fields = [line.rstrip("\n").split(maxsplit=5) for line in lines]
+    removed = (f for f in fields if f[-1].startswith(f"{folder}/") and f[-1].endswith(" (deleted)"))
+    return ["map_files/{:x}-{:x}".format(*(int(end, 16) for end in f[0].split("-"))) for f in removed]
 
 
 def kill_all(first: int) -> int:
