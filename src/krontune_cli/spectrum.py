@@ -56,6 +56,7 @@ def command(
     quiet_libraries(progress=False)
     with one_line_errors():
         from krontune.plan import find_targets, parse_amount, parse_shapes, spectrum_report
+        from krontune.plan.spectra import check_budget
         from krontune.report.files import write_json
         from krontune.report.spectrum import write_spectrum_page
 
@@ -69,6 +70,8 @@ def command(
             None if budget is None else parse_amount(budget, whole=sum(p.numel() for p in opened.model.parameters()))
         )
         spectrum_report([], rule, theta, None, limit)  # a wrong rule is said now, not after the work
+        if limit is not None:
+            check_budget(targets, wanted, limit)
         found = _compute(opened, targets, wanted, terms, channel_sort, folder / "spectra.jsonl")
         report = {"model": model, **spectrum_report(found, rule, theta, None, limit)}
         write_json(folder / REPORTS[0], report)

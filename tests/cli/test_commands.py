@@ -162,6 +162,7 @@ def test_another_base_fails(at_work: Path) -> None:
         ("plan base --method soka --p 1,2", "names 2 factor shapes"),
         ("plan base --task FOO", "task type 'FOO' is unknown; allowed: CAUSAL_LM"),
         ("spectrum base --rule best", "rule 'best' is unknown"),
+        ("spectrum base --rule budget --budget 5", "the budget of 5 parameters is below the least that 14 modules"),
         ("spectrum base --channel-sort size", "'size' is unknown"),
         ("spectrum base --shapes 5x", "not a factor shape"),
         ("export base --out out", "is not an adapter"),

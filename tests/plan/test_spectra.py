@@ -95,7 +95,15 @@ def test_an_interrupted_run_goes_on_from_its_cache(folder: Path, tmp_path: Path,
     assert resumed == spectrum(weights, model, targets, [4], k=3)
     computed.clear()
     spectrum(weights, model, targets, [4], k=3, cache=cache)
-    assert len(computed) <= 1  # the line after the one that was cut short is lost with it, and no other
+    assert not computed  # the line that was cut short is gone, and no other with it
+
+
+def test_a_file_of_something_else_is_no_cache(folder: Path, tmp_path: Path) -> None:
+    weights, model, targets = opened(folder, ["q_proj"])
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.5}\n')
+    with pytest.raises(CheckpointError, match="is no cache of spectra"):
+        spectrum(weights, model, targets, [4], k=3, cache=tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": 1.5}\n'
 
 
 def test_another_models_cache_is_not_used(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from krontune.kron import (
     select_rank,
 )
 from krontune.kron.spectrum import ELBOW_ACCEPTED, RULES
+from krontune.plan.budget import too_small
 from krontune.plan.targets import Target
+from krontune.report.json_lines import JsonLines
 from krontune.tuners.checkpoint import fingerprint
 from krontune.tuners.hosts import host_of
 from krontune.weights import Weights
@@ -143,6 +145,18 @@ def spectrum_report(
     labels = list(dict.fromkeys(s.label for s in spectra))
     sort = next((s.channel_sort for s in spectra if s.channel_sort), None)
     return {"version": 1, "settings": settings, "shapes": labels, "channel_sort": sort, "layers": layers}
+
+
+def check_budget(targets: Sequence[Target], shapes: Sequence[FactorShape], budget: int) -> None:
+    """Raise ConfigError where a budget is below one term of each weight, before any spectrum is computed.
+
+    Ranks are chosen for the first shape that divides the first weight, as in `spectrum_report`.
+    """
+    main = next((setting for target in targets for setting in shapes if _fitting(target, setting) is not None), None)
+    fitting = [(target, _fitting(target, main)) for target in targets if main is not None]
+    units = [shape.n_params * (target.experts or 1) for target, shape in fitting if shape is not None]
+    if budget < sum(units):
+        raise ConfigError(too_small(budget, sum(units), len(units)))
 
 
 def shape_label(setting: FactorShape) -> str:
@@ -295,8 +309,11 @@ class _Cache:
     """Entries by key, in a file of one JSON line each, written as they come: an interruption loses one at most."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._entries = dict(_read_lines(file)) if file is not None and file.is_file() else {}
+        self._lines = None if file is None else JsonLines(file)
+        self._entries: dict[str, dict[str, Any]] = {}
+        if self._lines is not None:
+            self._lines.repair()
+            self._entries = dict(_entry(row, self._lines.path) for row in self._lines.read())
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -306,17 +323,14 @@ class _Cache:
 
     def __setitem__(self, key: str, entry: dict[str, Any]) -> None:
         self._entries[key] = entry
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, **entry}) + "\n")
+        if self._lines is not None:
+            self._lines.append([{"key": key, **entry}])
 
 
-def _read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The whole lines of a cache; a last one that was cut short is passed over."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            yield entry["key"], {"energy": float(entry["energy"]), "sigma": [float(s) for s in entry["sigma"]]}
-        except (ValueError, KeyError, TypeError):
-            continue
+def _entry(row: dict[str, Any], file: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        return row["key"], {"energy": float(row["energy"]), "sigma": [float(s) for s in row["sigma"]]}
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{file} is no cache of spectra: {row} is no entry. Delete it, or name another."
+        ) from None

@@ -34,7 +34,7 @@ def write_spectrum_page(path: Path, report: dict[str, Any], model: str) -> None:
         report: what krontune.plan.spectrum_report returned.
         model: the model's name, for the title.
     """
-    main = main_layers(report)
+    main, at = main_layers(report), compared_terms(report)
     sections = [
         paragraph(introduction(report)),
         table(*kind_table(report)),
@@ -57,7 +57,7 @@ def write_spectrum_page(path: Path, report: dict[str, Any], model: str) -> None:
         sections += [
             heading("Energy per parameter against the factor shape"),
             paragraph(
-                f"What {AT} terms hold, for every million parameters they take, mean over the layers; p = 1 is "
+                f"What {at} terms hold, for every million parameters they take, mean over the layers; p = 1 is "
                 "the plain SVD, a LoRA's shape. Energy is not quality: it says how well the start resembles the weight."
             ),
             _picture(_draw_shapes, unsorted_layers(report), "Energy per parameter against p, a line a kind of module"),
@@ -66,10 +66,12 @@ def write_spectrum_page(path: Path, report: dict[str, Any], model: str) -> None:
         sections += [
             heading(f"Channel sort ({report['channel_sort']})"),
             paragraph(
-                f"The share of the energy that {AT} terms hold, before and after sorting the channels, by layer."
+                f"The share of the energy that {at} terms hold, before and after sorting the channels, by layer."
             ),
             table(*sort_table(report)),
-            _picture(_draw_sorting, report, "Energy of 8 terms before and after sorting, one panel a kind of module"),
+            _picture(
+                _draw_sorting, report, f"Energy of {at} terms before and after sorting, one panel a kind of module"
+            ),
         ]
     write_page(path, f"Spectra of {model}", sections)
 
@@ -92,10 +94,11 @@ def kind_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]], list
     ...          "sigma": [2.0, 1.0], "energy_rank": None, "elbow_rank": 2, "elbow_strength": 0.2, "above_noise": 1,
     ...          "rank": 2}
     >>> header, rows, numeric = kind_table({"shapes": ["p=4"], "channel_sort": None, "layers": [layer]})
-    >>> dict(zip(header, rows[0]))["energy rank"], dict(zip(header, rows[0]))["energy at 8"]
+    >>> dict(zip(header, rows[0]))["energy rank"], dict(zip(header, rows[0]))["energy at 2"]
     ('not reached', '100.0%')
     """
-    header = ["module", "factors", f"energy at {AT}", "energy rank", "elbow (strength)", "above noise", "rank"]
+    at = compared_terms(report)
+    header = ["module", "factors", f"energy at {at}", "energy rank", "elbow (strength)", "above noise", "rank"]
     rows, groups = [], _by_kind(main_layers(report))
     names = short_names(groups)
     for kind, layers in groups.items():
@@ -103,7 +106,7 @@ def kind_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]], list
         row = [
             names[kind],
             f"{m1}x{n1}\N{NO-BREAK SPACE}(x)\N{NO-BREAK SPACE}{m2}x{n2}",
-            f"{statistics.mean(share(layer, AT) for layer in layers):.1%}",
+            f"{statistics.mean(share(layer, at) for layer in layers):.1%}",
             _reached(layers),
             _elbow(layers),
             range_text([layer["above_noise"] for layer in layers]),
@@ -115,16 +118,21 @@ def kind_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]], list
 
 def sort_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]], list[bool]]:
     """What sorting the channels gains, for the first factor shape: header, rows and which columns are numbers."""
-    after, rows = _sorted_shares(report), []
+    after, rows, at = _sorted_shares(report), [], compared_terms(report)
     groups = _by_kind(main_layers(report))
     names = short_names(groups)
     for kind, layers in groups.items():
-        before = [share(layer, AT) for layer in layers]
+        before = [share(layer, at) for layer in layers]
         gains = [100 * (after[layer["name"]] - b) for layer, b in zip(layers, before, strict=True)]
         mean = statistics.mean(after[layer["name"]] for layer in layers)
         each = f"{min(gains):+.1f} to {max(gains):+.1f}"
         rows.append([names[kind], f"{statistics.mean(before):.1%}", f"{mean:.1%}", each])
-    return ["module", f"energy at {AT}", "sorted", "gain by layer, points"], rows, [False, True, True, True]
+    return ["module", f"energy at {at}", "sorted", "gain by layer, points"], rows, [False, True, True, True]
+
+
+def compared_terms(report: dict[str, Any]) -> int:
+    """The number of terms at which energies are compared: AT, or all that were computed where they are fewer."""
+    return min(AT, max((len(layer["sigma"]) for layer in main_layers(report)), default=AT))
 
 
 def share(layer: Layer, k: int) -> float:
@@ -233,15 +241,15 @@ def _draw_shapes(figure: Figure, layers: list[Layer]) -> None:
 
 
 def _draw_sorting(figure: Figure, report: dict[str, Any]) -> None:
-    after = _sorted_shares(report)
+    after, at = _sorted_shares(report), compared_terms(report)
 
     def draw(axes: Axes, layers: list[Layer]) -> None:
         x = [layer["layer"] or 0 for layer in layers]
-        axes.plot(x, [share(layer, AT) for layer in layers], "o-", color=COLORS[0], markersize=3, label="as they are")
+        axes.plot(x, [share(layer, at) for layer in layers], "o-", color=COLORS[0], markersize=3, label="as they are")
         axes.plot(x, [after[layer["name"]] for layer in layers], "o-", color=COLORS[1], markersize=3, label="sorted")
         axes.set(ylim=(0, None))
 
-    _panels(figure, main_layers(report), draw, "layer", f"energy of {AT} terms")
+    _panels(figure, main_layers(report), draw, "layer", f"energy of {at} terms")
     figure.axes[0].legend(frameon=False, fontsize=8)
 
 
@@ -291,9 +299,9 @@ def _by_kind(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
 
 
 def _sorted_shares(report: dict[str, Any]) -> dict[str, float]:
-    """{module: energy of AT terms with sorted channels}, for the first factor shape."""
-    label = report["shapes"][0]
-    return {x["name"]: share(x, AT) for x in report["layers"] if x["channel_sort"] and x["label"] == label}
+    """{module: energy of the compared terms with sorted channels}, for the first factor shape."""
+    label, at = report["shapes"][0], compared_terms(report)
+    return {x["name"]: share(x, at) for x in report["layers"] if x["channel_sort"] and x["label"] == label}
 
 
 def _accepted(layer: Layer) -> bool:
