@@ -385,6 +385,28 @@ def test_the_filter_knows_this_machine() -> None:
     assert confine.missing() == []
 
 
+@pytest.mark.parametrize(("version", "reason"), [(0, "this kernel has none"), (2, "version 2, which lets files be em")])
+def test_landlock_that_does_not_keep_files_from_being_emptied_is_not_enough(
+    version: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confine, "landlock_version", lambda: version)
+    (found,) = confine.missing()
+    assert "Landlock version 3 (Linux 6.2;" in found and reason in found
+
+
+def test_files_are_restricted_as_far_as_an_older_landlock_can(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    wanted = request(f"open({str(tmp_path / 'new')!r}, 'w')", tmp_path / "work", allow_weaker=True)
+    code = (
+        "import json; from sandbox import confine, supervisor\n"
+        "confine.landlock_version = lambda: 1\n"
+        f"print(json.dumps(supervisor.run(json.loads({json.dumps(wanted)!r}))))"
+    )
+    answer = json.loads(subprocess.run(plain_python(code), capture_output=True, check=True, timeout=120).stdout)
+    assert answer["missing"] and "PermissionError" in answer["output"]
+    assert not (tmp_path / "new").exists()
+
+
 def test_folder_size_counts_many_small_files(tmp_path: Path) -> None:
     for i in range(10):
         (tmp_path / str(i)).touch()

@@ -21,6 +21,7 @@ EPERM, ENOSYS = 1, 38
 
 # Landlock's rights to files by the version of its interface that brought them.
 FILE_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
+LANDLOCK_NEEDED = 3  # before it, whoever may read a file may also empty it: open(path, O_RDONLY | O_TRUNC)
 READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
 OF_A_FILE = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15  # the rights that make sense for what is no folder
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -107,11 +108,17 @@ def adopt_orphans() -> None:
     _prctl("PR_SET_CHILD_SUBREAPER", PR_SET_CHILD_SUBREAPER, 1)
 
 
+def landlock_version() -> int:
+    """The version of the kernel's Landlock; 0 where it has none."""
+    return max(0, int(_libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)))
+
+
 def missing() -> list[str]:
     """The protections that this kernel or container does not offer, apart from namespaces."""
     found = []
-    if _libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1) < 1:
-        found.append("Landlock (Linux 5.13; files)")
+    if (version := landlock_version()) < LANDLOCK_NEEDED:
+        has = f"has version {version}, which lets files be emptied" if version else "has none"
+        found.append(f"Landlock version {LANDLOCK_NEEDED} (Linux 6.2; files; this kernel {has})")
     if _libc.prctl(PR_GET_SECCOMP, 0, 0, 0, 0) < 0 or platform.machine() not in DENIED:
         found.append("seccomp filters on x86_64 or aarch64 (network)")
     return found
@@ -157,7 +164,7 @@ def restrict_files(readable: Iterable[str], writable: str) -> None:
 
     Where the kernel's Landlock knows them: no TCP, and no signal or abstract socket to a process outside either.
     """
-    version = _check(_libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1), "Landlock")
+    version = landlock_version()
     rights = sum(bits for since, bits in FILE_RIGHTS.items() if since <= version)
     attributes = struct.pack("=QQQ", rights, 0b11, 0b11)[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = _libc.syscall(
