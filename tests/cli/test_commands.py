@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +233,18 @@ def test_ctrl_c_leaves_nothing(name: str, at_work: Path, monkeypatch: pytest.Mon
     code, stdout, stderr = run(*WORKING[name].split())
     assert (code, stdout, stderr) == (130, "", "error: stopped\n")
     assert sorted(at_work.iterdir()) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("name", ["export", "merge", "compress"])
+def test_sigterm_leaves_nothing(name: str, at_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(tensors: dict, file: Path, **_: object) -> None:
+        Path(file).write_bytes(b"half")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("krontune.convert.output.save_file", terminated)
+    before = sorted(at_work.iterdir())
+    code, stdout, stderr = run(*WORKING[name].split())
+    assert (code, stdout, stderr) == (143, "", "error: stopped by SIGTERM\n")
+    assert sorted(at_work.iterdir()) == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -36,11 +38,38 @@ def output_folder(
             one of the inputs, or around one.
     """
     check_output(out, force, inputs, written)
-    with whole_folder(Path(out)) as partial:
+    with _stopped_by_sigterm(), whole_folder(Path(out)) as partial:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came while a folder was being written."""
+
+    signum = signal.SIGTERM
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception within the block, so that what is half written is cleared away.
+
+    Only where nobody else handles it, and where Python delivers signals: in the main thread.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped by SIGTERM")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
