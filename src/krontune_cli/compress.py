@@ -74,6 +74,8 @@ def _show(result: Compression) -> None:
     out.print(f"parameters       {result.n_params:,}, {share:.2f}x of the LoRA's {result.n_params_before:,}")
     out.print(f"error of dW      {error_text(result.error)}; none from s = {result.exact_rank} on")
     out.print(f"condition        {result.condition:.1f} (times 1e-7: what float32 adds to the error)")
+    for note in result.notes:
+        out.print(f"note: {note}", soft_wrap=True)
     if share >= 1:
         out.print("note: this is no smaller than the LoRA. Lower the separation rank.")
     out.print(f"wrote {result.out}", soft_wrap=True)

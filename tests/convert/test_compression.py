@@ -94,6 +94,15 @@ def test_any_lora_is_exact_with_enough_terms(base: Path, adapters: dict[str, Pat
     )
 
 
+@pytest.mark.parametrize("asked", [{"separation_rank": 100_000}, {"budget": "1000x"}])
+def test_no_more_terms_than_are_of_use(asked: dict, adapters: dict[str, Path], tmp_path: Path) -> None:
+    result = compress(adapters["lora"], tmp_path / "out", curve=False, **asked)
+    assert result.separation_rank == result.exact_rank < 100
+    assert result.error < 1e-5
+    assert f"s = {result.exact_rank} was taken" in result.notes[0]
+    assert not compress(adapters["lora"], tmp_path / "small", separation_rank=1, curve=False).notes
+
+
 def test_the_curve_falls_to_nothing(adapters: dict[str, Path], tmp_path: Path) -> None:
     report = compress(adapters["lora"], tmp_path / "out", separation_rank=2)
     errors = [point.error for point in report.curve]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ class Compression:
     n_params_before: int
     n_bytes: int
     curve: list[CurvePoint]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def error(self) -> float:
@@ -95,7 +96,7 @@ def compress(
     Args:
         adapter: a LoRA's folder.
         out: the folder to write.
-        separation_rank: s, the terms of each factor.
+        separation_rank: s, the terms of each factor; what is more than an exact result needs is left out, with a note.
         budget: parameters in all, such as 20000, "20k" or "0.25x" of the LoRA's; takes the largest s that fits.
         sweeps: of alternating least squares, at most.
         curve: also compute the error of other separation ranks, roughly.
@@ -117,14 +118,16 @@ def compress(
     factors = {name: opened.update(name).lowrank() for name in opened.modules}
     specs = {name: _spec(pair) for name, pair in factors.items()}
     before = sum(pair.A.numel() + pair.B.numel() for pair in factors.values())
-    s = _terms_within(budget, specs, before) if budget is not None else separation_rank or 1
+    asked = _terms_within(budget, specs, before) if budget is not None else separation_rank or 1
+    exact = max(terms_for_exact(_sizes(spec)) for spec in specs.values())
+    s = min(asked, exact)
+    notes = [f"{s} terms lose nothing, so that {asked} would be no better: s = {s} was taken."] if asked > s else []
     found, modules = {}, []
     for name in progress(list(factors)):
         fit = _separate(factors[name], specs[name], s, sweeps)
         worst = max(condition_number(fit.a_factors), condition_number(fit.b_factors))
         found[name] = fit
         modules.append(ModuleCompression(name, specs[name].r, fit.error, product_norm(factors[name]), worst))
-    exact = max(terms_for_exact(_sizes(spec)) for spec in specs.values())
     with output_folder(out, force, [opened.folder]) as folder:
         tensors = _tensors(opened, found)
         save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
@@ -132,7 +135,7 @@ def compress(
     n_params = sum(spec.n_params for spec in specs.values()) * s
     n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     points = _curve(factors, specs, exact) if curve else []
-    return Compression(Path(out), s, exact, modules, n_params, before, n_bytes, points)
+    return Compression(Path(out), s, exact, modules, n_params, before, n_bytes, points, notes)
 
 
 def _spec(pair: LowRankPair, s: int = 1) -> LsrSpec:
