@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from krontune import ConfigError, KrontuneError, LsrConfig, ShapeError, SokaConfig
@@ -28,6 +29,15 @@ COMMON = {
     "rank pattern": ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0 is not allowed"),
     "alpha pattern": ({"alpha_pattern": {"q_proj": math.inf}}, r"alpha_pattern\['q_proj'\]=inf is not allowed"),
     "alpha pattern zero": ({"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern\['q_proj'\]=0 switches"),
+    "rank pattern none": ({"rank_pattern": None}, r"rank_pattern=None is not allowed.*dict"),
+    "rank pattern list": ({"rank_pattern": [4]}, r"rank_pattern=\[4\] is not allowed.*dict"),
+    "alpha pattern none": ({"alpha_pattern": None}, r"alpha_pattern=None is not allowed.*dict"),
+    "alpha pattern list": ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern=\['q_proj'\] is not allowed.*dict"),
+    "rank pattern no regex": ({"rank_pattern": {"q_(": 2}}, r"rank_pattern: 'q_\(' is no regex"),
+    "alpha pattern no regex": ({"alpha_pattern": {"*q": 2}}, r"alpha_pattern: '\*q' is no regex"),
+    "train norms text": ({"train_norms": "yes"}, r"train_norms='yes' is unknown\. Allowed: True, False"),
+    "targets": ({"target_modules": 5}, r"target_modules=5 is not allowed.*list of names"),
+    "saved modules": ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head' is not allowed.*list of names"),
     "bias": ({"bias": "some"}, r"bias='some' is unknown\. Allowed: 'none', 'all', '(lsr|soka)_only'"),
     "layers pattern": ({"layers_pattern": "layers"}, r"layers_pattern has no effect without layers_to_transform"),
     "layers of a regex": ({"layers_to_transform": [0], "target_modules": ".*q"}, r"layers_to_transform has no effect"),
@@ -48,6 +58,8 @@ OF_ONE_METHOD = [
     (LsrConfig, {"factor_shapes": {768: (48, 15)}}, ShapeError, r"768: \(48, 15\), which is not 2 .*\(32, 24\)"),
     (LsrConfig, {"factor_shapes": {768: (768,)}}, ShapeError, r"768: \(768,\), which is not 2 factors"),
     (LsrConfig, {"factor_shapes": {6: (-2, -3)}}, ShapeError, r"6: \(-2, -3\), which is not 2 factors"),
+    (LsrConfig, {"factor_shapes": {768.5: (32, 24)}}, ConfigError, r"factor_shapes=.* is not allowed"),
+    (LsrConfig, {"factor_shapes": {768: (32.9, 24)}}, ConfigError, r"factor_shapes=.* is not allowed"),
     (LsrConfig, {"factor_shapes": {"x": (2, 3)}}, ConfigError, r"factor_shapes=.* is not allowed"),
     (LsrConfig, {"factor_shapes": {6: 3}}, ConfigError, r"factor_shapes=.* is not allowed"),
     (SokaConfig, {"rank_selection": "auto"}, ConfigError, r"rank_selection='auto' is unknown\. Allowed: 'fixed', .*"),
@@ -72,6 +84,18 @@ def test_settings_of_one_method(config_class, settings, error, message):
     """Before any model is seen."""
     with pytest.raises(error, match=message):
         config_class(**settings)
+
+
+def test_integers_of_numpy(tmp_path):
+    """They are integers, and become Python's: JSON knows no others."""
+    two, six = np.int64(2), np.int32(6)
+    lsr = LsrConfig(r=two, separation_rank=two, factor_shapes={six: (np.int64(3), two)}, rank_pattern={"q": two})
+    soka = SokaConfig(r=two, factor_shape=(two, six))
+    for config in (lsr, soka):
+        config.save_pretrained(tmp_path)
+        assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert lsr.factor_shapes == {6: (3, 2)} and soka.factor_shape == (2, 6)
+    assert SokaConfig(factor_shape=two).factor_shape == 2
 
 
 # ------------------------------------------------------------------------------------------- errors that need the model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
+import re
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any, ClassVar
@@ -21,18 +23,43 @@ def check_choice(name: str, value: Any, allowed: tuple) -> None:
         raise ConfigError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
 
 
-def check_positive_int(name: str, value: Any, *, or_none: bool = False) -> None:
-    """Raise ConfigError unless value is an int >= 1 (or None where allowed)."""
+def whole_number(value: Any) -> int:
+    """The int that an integer of any library is. Raises TypeError for all else, a bool and a float included."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no number")
+    return operator.index(value)
+
+
+def check_positive_int(name: str, value: Any, *, or_none: bool = False) -> Any:
+    """The value as an int; raises ConfigError unless it is an integer >= 1 (or None where allowed)."""
     if or_none and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        return None
+    try:
+        number = whole_number(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ConfigError(f"{name}={value!r} is not allowed. It must be an integer of at least 1.")
+    return number
 
 
 def check_number(name: str, value: Any) -> None:
     """Raise ConfigError unless value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name}={value!r} is not allowed. It must be a finite number.")
+
+
+def check_pattern(name: str, value: Any) -> None:
+    """Raise ConfigError unless value is a dict whose keys are regexes."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(
+            f"{name}={value!r} is not allowed. It must be a dict {{regex of module name: value}}, or {{}}."
+        )
+    for key in value:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ConfigError(f"{name}: {key!r} is no regex: {error}. Escape what is meant literally.") from None
 
 
 def check_names(name: str, value: Any, *, or_text: bool = False) -> None:
@@ -47,8 +74,8 @@ def check_names(name: str, value: Any, *, or_text: bool = False) -> None:
 class KronConfig(PeftConfig):
     """What both methods have in common; use LsrConfig or SokaConfig.
 
-    Fields that PEFT users know mean what they mean in LoraConfig. Three are krontune's own: `train_norms`, and, written
-    by krontune itself, `format_version` and `resolved`.
+    Fields that PEFT users know mean what they mean in LoraConfig. Four are krontune's own: `train_norms`, and, written
+    by krontune itself, `format_version`, `resolved` and `saved_tensors`.
 
     Args:
         alpha: the one multiplier of the update; nothing divides it.
@@ -119,6 +146,9 @@ class KronConfig(PeftConfig):
         self._check_common()
 
     def _check_common(self) -> None:
+        check_pattern("rank_pattern", self.rank_pattern)
+        check_pattern("alpha_pattern", self.alpha_pattern)
+        check_choice("train_norms", self.train_norms, (True, False))
         alphas = {f"alpha_pattern[{module!r}]": alpha for module, alpha in self.alpha_pattern.items()}
         for name, alpha in {"alpha": self.alpha, **alphas}.items():
             check_number(name, alpha)
@@ -134,8 +164,9 @@ class KronConfig(PeftConfig):
             raise ConfigError(
                 f"bias={self.bias!r} needs peft >= 0.21: older ones leave trained biases out of the file."
             )
-        for name, rank in self.rank_pattern.items():
-            check_positive_int(f"rank_pattern[{name!r}]", rank)
+        self.rank_pattern = {
+            name: check_positive_int(f"rank_pattern[{name!r}]", rank) for name, rank in self.rank_pattern.items()
+        }
         if self.target_parameters and self.dropout:
             raise ConfigError(
                 f"dropout={self.dropout} cannot be applied to target_parameters: the parameter's input is not seen. "

@@ -8,7 +8,7 @@ from typing import Any
 
 from krontune.errors import ConfigError, ShapeError
 from krontune.kron import split_dim
-from krontune.tuners.base_config import KronConfig, check_choice, check_positive_int
+from krontune.tuners.base_config import KronConfig, check_choice, check_positive_int, whole_number
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class LsrConfig(KronConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int("r", self.r)
-        check_positive_int("separation_rank", self.separation_rank)
-        check_positive_int("n_factors", self.n_factors)
+        self.r = check_positive_int("r", self.r)
+        self.separation_rank = check_positive_int("separation_rank", self.separation_rank)
+        self.n_factors = check_positive_int("n_factors", self.n_factors)
         check_choice("init_weights", self.init_weights, (True, False, "zero", "paper", "gradient"))
         if self.factor_shapes != "auto":
             self.factor_shapes = self._parse_factor_shapes()
@@ -122,7 +122,10 @@ class LsrConfig(KronConfig):
     def _parse_factor_shapes(self) -> dict[int, tuple[int, ...]]:
         shapes: Any = self.factor_shapes
         try:  # JSON turns integer keys into strings, and tuples into lists
-            return {int(size): tuple(int(factor) for factor in factors) for size, factors in shapes.items()}
+            return {
+                int(size) if isinstance(size, str) else whole_number(size): tuple(map(whole_number, factors))
+                for size, factors in shapes.items()
+            }
         except (AttributeError, TypeError, ValueError):
             raise ConfigError(
                 f"factor_shapes={shapes!r} is not allowed. It is 'auto', or a dict like {{768: (32, 24)}}."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from krontune.errors import ConfigError
 from krontune.kron import SORTS, FactorShape, KronShape, resolve_shape
-from krontune.tuners.base_config import KronConfig, check_choice, check_number, check_positive_int
+from krontune.tuners.base_config import KronConfig, check_choice, check_number, check_positive_int, whole_number
 
 RULES = ("fixed", "energy", "elbow", "spectrum", "budget")
 
@@ -123,27 +123,31 @@ class SokaConfig(KronConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int("r", self.r, or_none=True)
-        check_positive_int("min_r", self.min_r)
-        check_positive_int("budget", self.budget, or_none=True)
+        self.r = check_positive_int("r", self.r, or_none=True)
+        self.min_r = check_positive_int("min_r", self.min_r)
+        self.budget = check_positive_int("budget", self.budget, or_none=True)
         check_choice("rank_selection", self.rank_selection, RULES)
         check_choice("channel_sort", self.channel_sort, (None, *SORTS))
         check_choice("init_weights", self.init_weights, (True, False, "principal", "zero", "gradient"))
         check_number("energy_threshold", self.energy_threshold)
-        shape: Any = self.factor_shape
-        if isinstance(shape, list):  # JSON has no tuples
-            self.factor_shape = tuple(shape)
-        self._check_shape()
+        self.factor_shape = self._parse_shape()
         self._check_rule()
 
-    def _check_shape(self) -> None:
+    def _parse_shape(self) -> FactorShape:
         shape: Any = self.factor_shape
-        sizes = shape if isinstance(shape, tuple) and len(shape) == 2 else (shape,)
-        if shape not in ("auto", "square") and not all(type(size) is int and size >= 1 for size in sizes):
+        if isinstance(shape, str) and shape in ("auto", "square"):
+            return cast(FactorShape, shape)
+        is_pair = isinstance(shape, (list, tuple)) and len(shape) == 2  # JSON has no tuples
+        try:
+            sizes = [whole_number(size) for size in (shape if is_pair else [shape])]
+        except TypeError:
+            sizes = [0]
+        if min(sizes) < 1:
             raise ConfigError(
                 f"factor_shape={shape!r} is not allowed. It is 'auto', 'square', an integer p of at least 1, or a pair "
                 "(m1, n1) of them."
             )
+        return (sizes[0], sizes[1]) if is_pair else sizes[0]
 
     def _check_rule(self) -> None:
         if not 0 < self.energy_threshold <= 1:
