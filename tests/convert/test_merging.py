@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, GPT2Config
 
 from krontune import LsrConfig, SokaConfig
-from krontune.convert import merge
+from krontune.convert import merge, merging
 from krontune.errors import CheckpointError, ConfigError
+from krontune.weights import Source
 from tests.convert.helpers import CONFIGS, adapter_logits, ids, save_adapter, save_base, tiny_llama
 
 
@@ -141,6 +144,35 @@ def test_another_base_is_refused(base: Path, adapters: dict[str, Path], tmp_path
     assert merge(adapters["lsr"], tmp_path / "out", base=str(tuned), another_base=True).notes
 
 
+def test_another_base_is_said_once(adapters: dict[str, Path], tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({key: 1.5 * t for key, t in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = merge(adapters["lsr"], tmp_path / "out", base=str(other), another_base=True)
+    assert result.check is not None
+    said = [*result.notes, *(str(warning.message) for warning in caught)]
+    assert sum("not those that this adapter was trained on" in text for text in said) == 1
+
+
+def test_everything_beside_the_weights_comes_from_the_hub_too(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's cache stands in for the Hub: a folder that the id leads to."""
+    shutil.copytree(base, tmp_path / "cache")
+    names = {"generation_config.json", "added_tokens.json", "tokenizer_config.json"}
+    for name in names:
+        (tmp_path / "cache" / name).write_text("{}")
+    monkeypatch.setattr(merging, "local_folder", lambda source: tmp_path / "cache")
+    found = merging.open_base(merging.open_adapter(adapters["lsr"]), str(base))
+    found.source = Source("somebody/model", "somebody/model")
+    (tmp_path / "out").mkdir()
+    merging._write_config(tmp_path / "out", found, torch.float32)
+    merging._copy_tokenizer(tmp_path / "out", merging.open_adapter(adapters["lsr"]), found.source)
+    assert names <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
 def test_a_quantised_base_is_refused_with_the_reason(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     for file in base.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -154,8 +186,6 @@ def test_a_quantised_base_is_refused_with_the_reason(base: Path, adapters: dict[
 def test_a_wrong_merge_is_caught_and_leaves_nothing(
     adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from krontune.convert import merging
-
     right = merging._merged
     monkeypatch.setattr(merging, "_merged", lambda weight, *args: 2 * right(weight, *args) - weight)
     with pytest.raises(CheckpointError, match="Nothing was written"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,9 @@ def check_logits(adapter: Adapter, base: Base, merged: Path, dtype: torch.dtype)
     """
     model = base.load()
     sample, before = _first_output(model)
-    adapted = PeftModel.from_pretrained(model, str(adapter.folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The base model")  # the merge itself says this, once
+        adapted = PeftModel.from_pretrained(model, str(adapter.folder))
     wanted = logits(adapted, sample)
     del model, adapted
     gc.collect()  # two models at once are not needed

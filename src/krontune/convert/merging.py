@@ -32,7 +32,15 @@ DTYPES = {
     "fp16": torch.float16,
 }
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+)
 #: What a merge writes beside the shards, which have the base's names.
 _MODEL_FILES = (
     "config.json",
@@ -236,8 +244,8 @@ def _write_config(folder: Path, base: Base, dtype: torch.dtype) -> None:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # a GGUF file's: the merged weights are plain
     config.save_pretrained(folder)
-    generation = Path(base.source.name_or_path) / "generation_config.json"
-    if base.source.is_local and not base.source.gguf_file and generation.is_file():
+    generation = local_folder(base.source) / "generation_config.json"
+    if not base.source.gguf_file and generation.is_file():  # beside a GGUF file it may be another model's
         shutil.copy(generation, folder)
 
 
