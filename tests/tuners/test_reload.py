@@ -166,6 +166,17 @@ def test_state_dict_into_empty_factors(tiny, batch, method, dtype):
     assert torch.equal(logits(empty, batch), logits(model, batch))
 
 
+@pytest.mark.parametrize("start", [True, "zero"])
+def test_empty_factors_that_were_never_filled(tiny, batch, method, start):
+    """With low_cpu_mem_usage a fresh adapter has no values either, whose products torch takes for some."""
+    config = method(target_modules=TARGETS, init_weights=start)
+    model = get_peft_model(tiny(), config, low_cpu_mem_usage=True).eval()
+    message = r"'default' was built with low_cpu_mem_usage, and its weights were never loaded.*or leave it out"
+    for call in (lambda: model(**batch), lambda: logits(model, batch), model.merge_adapter):
+        with pytest.raises(CheckpointError, match=message):
+            call()
+
+
 def test_modules_may_be_given_by_a_state_dict(tiny, batch, method):
     """inject_adapter_in_model(state_dict=...) takes its modules from the keys, whatever the config says."""
     model = adapted(tiny(), method(target_modules=TARGETS))

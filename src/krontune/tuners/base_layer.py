@@ -119,7 +119,8 @@ class KronLayer(_peft.BaseTunerLayer):
         if base_dtype is None or not base_dtype.is_floating_point or base_dtype.itemsize < 2:
             base_dtype = torch.float32
         self.allocate(adapter, spec, start, dtype or base_dtype, device)
-        (self._awaiting.add if start is None else self._awaiting.discard)(adapter)
+        is_empty = any(f.is_meta for f in self.factors(adapter)) and not self.base_parameter.is_meta
+        (self._awaiting.add if start is None or is_empty else self._awaiting.discard)(adapter)
         self.set_requires_grad(adapter, trainable)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -145,11 +146,17 @@ class KronLayer(_peft.BaseTunerLayer):
         return any(factor.requires_grad for factor in self.factors(adapter))
 
     def check_loaded(self, adapters: Iterable[str]) -> None:
-        """Raise CheckpointError for one that was built for a checkpoint which was not loaded. Looks until it was."""
+        """Raise CheckpointError for one that was built without values, which were not loaded. Looks until they were."""
         waiting = [] if torch.compiler.is_compiling() else self._awaiting.intersection(adapters)
         for adapter in waiting:
+            factors = self.factors(adapter)
+            if any(f.is_meta for f in factors):
+                raise CheckpointError(
+                    f"The adapter {adapter!r} was built with low_cpu_mem_usage, and its weights were never loaded. "
+                    "Load them (set_peft_model_state_dict with low_cpu_mem_usage=True does), or leave it out."
+                )
             # One that is NaN throughout is a placeholder: what a diverged run left is refused as it is loaded.
-            if any(f.is_meta or torch.isnan(f.detach()).all() for f in self.factors(adapter)):
+            if any(torch.isnan(f.detach()).all() for f in factors):
                 raise CheckpointError(
                     f"The adapter {adapter!r} was built from a checkpoint's config, and its weights were never loaded. "
                     "Load them (PeftModel.from_pretrained does), or set config.resolved = None to start a new adapter."
