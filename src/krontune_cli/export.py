@@ -27,13 +27,16 @@ def command(
         bool, typer.Option("--vllm-rank", help="Pad all modules to one rank that vLLM takes (1, 8, 16, 32, ..., 512).")
     ] = False,
     base: Annotated[str | None, typer.Option(help="The base model of a LyCORIS file.")] = None,
+    each: Annotated[
+        bool, typer.Option("--modules", help="Show one row for each module, in place of each kind.")
+    ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write an adapter as a stock LoRA, which every server runs; or LoKr as SoKA and back.
 
     LSR is a LoRA, so that its export is exact. SoKA gets the nearest LoRA of a rank or of an error. What is lost is
-    shown for each module.
+    shown for each kind of module, or with --modules for each.
     """
     quiet_libraries(progress=False)
     with one_line_errors():
@@ -53,21 +56,25 @@ def command(
         if as_json:
             print_json(result.to_dict())
         else:
-            _show(result)
+            _show(result, each)
 
 
-def _show(result: Export) -> None:
+def _show(result: Export, each: bool) -> None:
     from krontune.report.tables import human_bytes
     from krontune.report.words import by_kind, error_text, range_text, short_names
 
-    groups = by_kind(result.modules, lambda module: module.name)
-    names = short_names(groups)
-    rows = [
-        [names[k], str(len(g)), range_text([m.rank for m in g]), error_text(max(m.error for m in g))]
-        for k, g in groups.items()
-    ]
+    if each:
+        header = ["module", "rank", "error"]
+        rows = [[m.name, str(m.rank), error_text(m.error)] for m in result.modules]
+    else:
+        groups = by_kind(result.modules, lambda module: module.name)
+        names, header = short_names(groups), ["module", "modules", "rank", "largest error"]
+        rows = [
+            [names[k], str(len(g)), range_text([m.rank for m in g]), error_text(max(m.error for m in g))]
+            for k, g in groups.items()
+        ]
     out = console()
-    out.print(make_table(["module", "modules", "rank", "largest error"], rows, f"{result.method} to {result.to}"))
+    out.print(make_table(header, rows, f"{result.method} to {result.to}"))
     if result.curve:
         points = [[str(rank), error_text(error)] for rank, error in result.curve]
         out.print(make_table(["rank", "error"], points, "Error against rank", text_columns=0))

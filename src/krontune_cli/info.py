@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def command(
     path: Annotated[Path, typer.Argument(help="An adapter's folder, or a LyCORIS file.")],
     base: Annotated[str | None, typer.Option(help="The base model of a LyCORIS file.")] = None,
+    each: Annotated[bool, typer.Option("--modules", help="One row for each module, in place of each kind.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an adapter is: method, base, ranks, shapes, size, norms of its updates, condition numbers, versions."""
@@ -29,12 +30,12 @@ def command(
         if as_json:
             print_json(found)
         else:
-            _show(found)
+            _show(found, each)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any], each: bool) -> None:
     out = console()
-    out.print(_modules(found))
+    out.print(_each_module(found) if each else _modules(found))
     out.print(_factors(found))
     for name, fact in _facts(found).items():
         if fact:
@@ -62,6 +63,17 @@ def _modules(found: dict[str, Any]) -> Table:
     ]
     header = ["module", "layers", "weight", "r", *(["s"] if lsr else []), "parameters", "norm of dW"]
     return make_table([*header, *(["condition"] if lsr else [])], rows, f"{found['method']} adapter", text_columns=3)
+
+
+def _each_module(found: dict[str, Any]) -> Table:
+    """One row a module; its weight's shape is in the next table."""
+    lsr = found["method"] == "lsr"
+    rows = [
+        [m["name"], str(m["r"]), f"{m['norm']:.3g}", *([f"{m['condition'] or 1:.2f}"] if lsr else [])]
+        for m in found["modules"]
+    ]
+    header = ["module", "r", "norm of dW", *(["condition"] if lsr else [])]
+    return make_table(header, rows, f"{found['method']} adapter")
 
 
 def _factors(found: dict[str, Any]) -> Table:
@@ -95,5 +107,6 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "file": f"{human_bytes(found['n_bytes'])}, {', '.join(found['dtypes'])}",
         "norm of dW": f"{found['norm']:.4g} in all",
         "settings": ", ".join(f"{name}={value}" for name, value in found["settings"].items()),
-        "versions": f"peft {found['peft_version']}" + (f", format {version}" if version else ""),
+        "versions": f"peft {found['peft_version']}"
+        + (f", format {version}; krontune's is not stored" if version else ""),
     }

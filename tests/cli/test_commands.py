@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import IA3Config, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PretrainedConfig, RobertaConfig
 
@@ -34,6 +34,8 @@ WORKING = {
     "compress": "compress lora --out out --separation-rank 2",
     "info": "info lsr",
     "info-soka": "info soka-sorted",
+    "info-modules": "info lsr --modules",
+    "export-modules": "export soka --out out --error 0.2 --modules",
 }
 WRITING = {name: line for name, line in WORKING.items() if "--out" in line and name != "plan-lora"}
 
@@ -177,9 +179,11 @@ def test_another_base_fails(at_work: Path) -> None:
         ("compress lora --out out --budget 0.001x", "below that of separation rank 1"),
         ("info base", "is not an adapter"),
         ("info nowhere", "does not exist"),
+        *[(f"{line} ia3", "holds IA3, and krontune reads adapters of lsr") for line in ("info", "export --out out")],
     ],
 )
 def test_wrong_use_is_exit_code_2_and_one_line(line: str, message: str, at_work: Path) -> None:
+    IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained("ia3")
     before = sorted(at_work.iterdir())
     code, stdout, stderr = run(*line.split())
     assert (code, stdout) == (2, "")

@@ -165,7 +165,7 @@ def open_adapter(path: str | Path) -> Adapter:
     """Open an adapter folder, checking its config and that its file holds what the config promises.
 
     Raises:
-        ConfigError: not an adapter, of a method that krontune does not convert, or with parts that are no plain update.
+        ConfigError: not an adapter, of a method that krontune does not read, or with parts that are no plain update.
         CheckpointError: a file is damaged or missing.
     """
     folder = Path(path)
@@ -175,7 +175,8 @@ def open_adapter(path: str | Path) -> Adapter:
     config = _load_config(folder)
     method = METHODS.get(type(config))
     if method is None:
-        raise ConfigError(f"{folder} is a {config.peft_type.value} adapter; krontune converts {', '.join(_MARKS)}.")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ConfigError(f"{folder} holds {kind}, and krontune reads adapters of {', '.join(_MARKS)}.")
     if method == "lora":
         _check_plain(config, folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
