@@ -1,4 +1,4 @@
-"""`init_weights: gradient` in several processes: each sees a part of the rows, and all start alike."""
+"""Methods that ask for more than a config: gradients before the start, on every rank; ranks after every step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
-from krontune.recipes import RunConfig
+from krontune.errors import ConfigError
+from krontune.recipes import RunConfig, train
 from tests.tuners.test_distributed import outputs_of_two, two_processes
 
 WORKER = """
@@ -54,3 +56,26 @@ def _with_dropout(model: Path, copy: Path) -> Path:
     settings = json.loads((model / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.3}))
     return copy
+
+
+@pytest.mark.parametrize("name", ["adaption_prompt", "cartridge", "multitask_prompt_tuning", "prefix_tuning"])
+def test_a_method_without_its_sizes(run_config: Callable[..., RunConfig], name: str) -> None:
+    """PEFT lets them through its config, and calculates with None."""
+    with pytest.raises(ConfigError, match=rf"method {name}: PEFT cannot use its settings \(.*need a value"):
+        train(run_config(method={"name": name}))
+
+
+def test_adalora_shares_its_ranks_out(run_config: Callable[..., RunConfig]) -> None:
+    """Half of the directions are dropped by the last step, and the adapter file holds what is left."""
+    sizes = {"init_r": 4, "target_r": 2, "tinit": 0, "tfinal": 1, "deltaT": 1, "target_modules": ["q_proj", "v_proj"]}
+    config = run_config(method={"name": "adalora", "total_step": 4, **sizes})
+    train(config)
+    saved = json.loads((config.output / "adapter" / "adapter_config.json").read_text())
+    kept = [keep for layer in saved["rank_pattern"].values() for keep in layer]
+    assert sum(kept) == len(kept) // 2
+
+
+def test_adalora_of_another_length(run_config: Callable[..., RunConfig]) -> None:
+    method = {"name": "adalora", "total_step": 9, "target_modules": ["q_proj"]}
+    with pytest.raises(ConfigError, match=r"total_step is 9, and the run has 4 steps.*Set method\.total_step: 4"):
+        train(run_config(method=method))

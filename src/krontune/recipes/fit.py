@@ -19,6 +19,7 @@ from krontune.errors import ConfigError, KrontuneError
 from krontune.report import RunRecord, final_loss, write_record
 from krontune.report.plots import loss_curve
 from krontune.tuners import spread_over_ranks
+from krontune.tuners.base_config import KronConfig
 
 from .callbacks import Interrupted, MetricsFile, StepTimer, StopOnSignal
 from .card import model_card
@@ -96,7 +97,8 @@ def fit(
     _place(learner.base, args)
     adapted = _with_adapter(method, learner, args)
     timer, metrics = StepTimer(), MetricsFile(folder.metrics)
-    trainer = _trainer(learner, adapted, args, [stop, metrics, timer, *callbacks])
+    own = [AllocateRanks()] if method.peft_type == "ADALORA" else []
+    trainer = _trainer(learner, adapted, args, [stop, metrics, timer, *own, *callbacks])
     begin = time.perf_counter()
     if checkpoint and 0 < args.max_steps <= checkpoint_step(checkpoint):
         _take_over(trainer, adapted, checkpoint, metrics)
@@ -126,7 +128,10 @@ def _place(base: Base, args: TrainingArguments) -> None:
 
 
 def _with_adapter(method: PeftConfig, learner: Learner, args: TrainingArguments) -> PeftModel:
-    """PEFT's errors about the model (no module matched, shapes) are about the user's settings."""
+    """PEFT's errors about the model (no module matched, shapes) are about the user's settings.
+
+    So are the TypeErrors of its own methods: some of them calculate with a setting that has no default.
+    """
     try:
         _train_fresh_modules(method, learner)
         prepare_gradient_start(method, learner, args)
@@ -136,6 +141,28 @@ def _with_adapter(method: PeftConfig, learner: Learner, args: TrainingArguments)
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    except TypeError as error:
+        if isinstance(method, KronConfig):
+            raise
+        raise ConfigError(
+            f"method {learner.config.method.name}: PEFT cannot use its settings ({error}). Does one of them need a "
+            "value? PEFT's documentation of the method says which have no default."
+        ) from None
+
+
+class AllocateRanks(TrainerCallback):
+    """AdaLoRA shares its ranks out anew after every step, from its gradients; the training loop has to ask for it."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **_: Any) -> None:
+        planned = model.peft_config[model.active_adapter].total_step
+        if planned != state.max_steps:
+            raise ConfigError(
+                f"method.total_step is {planned}, and the run has {state.max_steps} steps, by whose end the ranks must "
+                f"have been shared out. Set method.total_step: {state.max_steps}."
+            )
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, *, model: Any, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
 
 
 def _train_fresh_modules(method: PeftConfig, learner: Learner) -> None:
