@@ -92,6 +92,19 @@ def test_factors_that_do_not_belong_together(A, B):
         kron_sum(torch.ones(A), torch.ones(B))
 
 
+def test_a_start_of_another_shape():
+    """torch would repeat a single starting term for all."""
+    (dA, dB), (A0, B0) = (draw_terms(KronShape(3, 2, 2, 4), K, 0) for K in (2, 1))
+    with pytest.raises(ShapeError, match=r"A0 is \(1, 3, 2\).*must have the shapes of dA, \(2, 3, 2\)"):
+        delta_terms(dA, dB, A0, B0)
+
+
+def test_a_row_that_is_not_there():
+    A, B = draw_terms(KronShape(3, 2, 2, 4), 2, 0)
+    with pytest.raises(IndexError):
+        kron_embedding(torch.tensor([6]), A, B)
+
+
 def test_rearranging_a_matrix_of_another_shape():
     with pytest.raises(ShapeError, match=r"\(8, 14\).*\(\.\.\., 8, 15\)"):
         rearrange(torch.ones(8, 14), KronShape(4, 3, 2, 5))

@@ -14,7 +14,7 @@ from krontune.errors import ConfigError, ShapeError
 from krontune.kron.autograd import Product, apply_product, cast_to, flat, has_backward, to_compute
 from krontune.kron.cost import choose_path, prices_of
 from krontune.kron.paths import PATHS, Terms, apply_terms, terms_grads
-from krontune.kron.product import kron_sum, sum_shape
+from krontune.kron.product import check_start, kron_sum, sum_shape
 from krontune.kron.shapes import KronShape
 
 _remembered_choice = lru_cache(maxsize=4096)(choose_path)
@@ -93,11 +93,7 @@ def kron_delta_linear(
         ShapeError: sizes that do not fit together.
         ConfigError: an unknown path.
     """
-    if A0.shape != dA.shape or B0.shape != dB.shape:
-        raise ShapeError(
-            f"A0 is {tuple(A0.shape)} and B0 is {tuple(B0.shape)}; they must have the shapes of dA, {tuple(dA.shape)}, "
-            f"and dB, {tuple(dB.shape)}."
-        )
+    check_start(dA, dB, A0, B0)
     return _linear(x, weight, bias, scale, path, dA, dB, A0.detach(), B0.detach())
 
 

@@ -42,6 +42,8 @@ def nearest_lowrank(A: Tensor, B: Tensor, rank: int | None = None, rel_error: fl
     Raises:
         ShapeError: the factors do not belong together.
         ConfigError: not exactly one of rank and rel_error, or one out of range.
+
+    Cost: a QR of each side's factors side by side, such as (m1, K*n1), and an SVD of the small sum, cubic in its side.
     """
     if A.dim() != 3:
         raise ShapeError(

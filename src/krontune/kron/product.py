@@ -43,6 +43,15 @@ def kron_sum(A: Tensor, B: Tensor) -> Tensor:
     return unrearrange(A.flatten(-2).mT @ B.flatten(-2), shape)
 
 
+def check_start(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> None:
+    """Raise ShapeError unless the starting factors have the shapes of what is added to them."""
+    if A0.shape != dA.shape or B0.shape != dB.shape:
+        raise ShapeError(
+            f"A0 is {tuple(A0.shape)} and B0 is {tuple(B0.shape)}; they must have the shapes of dA, {tuple(dA.shape)}, "
+            f"and dB, {tuple(dB.shape)}."
+        )
+
+
 def delta_terms(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """SoKA's update sum_k (A0_k + dA_k) (x) (B0_k + dB_k) - A0_k (x) B0_k as one sum of 2K terms.
 
@@ -56,7 +65,11 @@ def delta_terms(dA: Tensor, dB: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor,
 
     Returns:
         A (..., 2K, m1, n1) and B (..., 2K, m2, n2), for `kron_sum` and `kron_embedding`.
+
+    Raises:
+        ShapeError: A0 and B0 have not the shapes of dA and dB.
     """
+    check_start(dA, dB, A0, B0)
     return torch.cat([dA, A0 + dA], -3), torch.cat([B0, dB], -3)
 
 
@@ -70,6 +83,10 @@ def kron_embedding(ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
     Returns:
         (..., n1*n2), dtype of A.
+
+    Raises:
+        ShapeError: the factors do not belong together.
+        IndexError: an id out of range (on a GPU, torch's own assertion there).
 
     Cost per id: K*n multiply-adds.
     """

@@ -82,7 +82,19 @@ def separated_shape(factors: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def term_norms(factors: Sequence[Tensor]) -> Tensor:
-    """lambda_k, the Frobenius norm of each term: the product of its factors' norms. (s,), float64."""
+    """lambda_k, the Frobenius norm of each term: the product of its factors' norms.
+
+    Args:
+        factors: d tensors (s, p_i, q_i), any float dtype.
+
+    Returns:
+        (s,), float64.
+
+    Raises:
+        ShapeError: the factors do not belong together.
+
+    Cost: one pass over the factors.
+    """
     check_factors(factors)
     norms = [torch.linalg.vector_norm(f, dim=(1, 2), dtype=torch.float64) for f in factors]
     return torch.stack(norms).prod(0)
@@ -94,6 +106,14 @@ def condition_number(factors: Sequence[Tensor]) -> float:
     kappa * eps(dtype) bounds the relative error that cancellation between the terms costs: 1 is harmless, orthogonal
     terms; inf means that terms cancel to nothing. A representation of zeros has kappa 1. ||M||_F comes from the
     factors' Gram matrices in float64; M is never formed.
+
+    Args:
+        factors: d tensors (s, p_i, q_i), any float dtype; M is their separated_sum.
+
+    Raises:
+        ShapeError: the factors do not belong together.
+
+    Cost: s^2 * sum_i p_i*q_i multiply-adds.
     """
     lambdas = term_norms(factors)
     gram = torch.ones(len(lambdas), len(lambdas), dtype=torch.float64, device=lambdas.device)
@@ -124,6 +144,8 @@ def nearest_separated(M: Tensor, row_sizes: Sequence[int], col_sizes: Sequence[i
 
     Raises:
         ShapeError: the sizes do not multiply to M's shape.
+
+    Cost: the KPSVD of M (see `nearest_kron`); d > 2 also that of each of its terms' right factors, and so on.
     """
     if len(row_sizes) != len(col_sizes) or (math.prod(row_sizes), math.prod(col_sizes)) != tuple(M.shape) or s < 1:
         raise ShapeError(

@@ -43,6 +43,14 @@ def energy_rank(sigma: Tensor, energy: float, theta: float = 0.9) -> int | None:
 
     >>> energy_rank(torch.tensor([3.0, 1.0]), energy=12.0, theta=0.75), energy_rank(torch.ones(2), 9.0)
     (1, None)
+
+    Args:
+        sigma: (k,), descending: the spectrum, or its top.
+        energy: ||W||_F^2, of the whole weight.
+        theta: the share of it to hold, in (0, 1].
+
+    Raises:
+        ConfigError: theta out of range.
     """
     if not 0 < theta <= 1:
         raise ConfigError(f"energy threshold {theta} is out of range; it must be in (0, 1].")
@@ -59,6 +67,12 @@ def elbow_rank(sigma: Tensor) -> Elbow:
 
     >>> elbow_rank(torch.tensor([10.0, 1.0, 0.9, 0.8, 0.7])).rank
     2
+
+    Args:
+        sigma: (K,), descending, K >= 1: the spectrum, or as much of its top as the elbow is looked for in.
+
+    Returns:
+        Elbow(rank k, strength): the maximum's place and its height, in [0, 1).
     """
     squares = sigma.double().square()
     drop = float(squares[0] - squares[-1])
