@@ -92,6 +92,51 @@ def test_only_a_program_that_reaches_its_end_has_passed(source: str, message: st
     assert message in result.output
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import io, sys; sys.stdout = io.StringIO()",
+        "import sys; sys.stdout.close()",
+        "import os; os.close(1)",
+        "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()): print('hidden')",
+        "import os\nif os.fork() == 0: os._exit(0)\nos.wait()",
+        "import unittest\nclass T(unittest.TestCase):\n  def test(self): pass\nunittest.main(exit=False)",
+        "import pickle\nclass T: pass\nassert type(pickle.loads(pickle.dumps(T()))) is T",
+        "# coding: latin-1\nassert len('\u00e9') == 1",
+    ],
+)
+def test_a_program_passes_whatever_it_does_to_its_output(source: str) -> None:
+    result = outcome(source)
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import glob, os, re\nprint(*re.findall('[0-9a-f]{32}', ' '.join(open(f).read() for f in glob.glob('*'))))",
+        "import os, sys; print('\\n'.join([*sys.argv, *sys.orig_argv, *os.environ.values()]))",
+        "import os; os.write(100, b'done')",
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import os; os.write(100, b\"done\")'])",
+        "import os\nif os.fork(): os.wait(); os._exit(0)",
+    ],
+)
+def test_a_program_does_not_pass_by_what_it_writes(source: str) -> None:
+    ends_early = source if "fork" in source else source + "\nimport os, sys; sys.stdout.flush(); os._exit(0)"
+    result = outcome(ends_early)
+    assert (result.status, result.returncode, result.passed) == ("exit", 0, False)
+
+
+def test_an_error_is_shown_with_the_answer_s_own_lines() -> None:
+    result = outcome("def f():\n    return 1 / 0\n\nf()\n")
+    lines = result.output.splitlines()
+    assert [line.strip() for line in lines if "File" in line] == [
+        'File "<answer>", line 4, in <module>',
+        'File "<answer>", line 2, in f',
+    ]
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert outcome("x = (1,\n").output.splitlines()[0].strip() == 'File "<answer>", line 1'
+
+
 def test_many_programs_come_back_in_their_order() -> None:
     results = run_programs([f"print({i})" for i in range(6)], QUICK, jobs=3)
     assert [result.output for result in results] == [str(i) for i in range(6)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -55,7 +54,9 @@ def run_program(source: str, limits: Limits | None = None, *, allow_weaker: bool
     """Run a Python program confined: no network, no file outside a temporary folder, limited, killed with its children.
 
     It runs in this interpreter's version with the standard library alone, unprivileged even when started by root. It
-    counts as passed only if its last line was reached: a program that exits early, with whatever code, has not passed.
+    counts as passed only if its last line was reached: a program that exits early, with whatever code or output, has
+    not passed. That holds against wrong programs, not against one that is written to be judged right: tests that run in
+    the program's own process cannot keep it from changing them, or from looking for what reports the end.
 
     Args:
         source: the program's text.
@@ -71,21 +72,17 @@ def run_program(source: str, limits: Limits | None = None, *, allow_weaker: bool
     """
     if sys.platform != "linux":
         raise SandboxError("programs written by a model are run on Linux only; use a Linux container or machine.")
-    token = secrets.token_hex(16)
     work = tempfile.mkdtemp(prefix="krontune-sandbox-")
     try:
-        # The source travels as data, so that nothing it leaves open (a bracket, a string) can reach the last line.
-        program = f"exec(compile({source!r}, 'program.py', 'exec'), {{'__name__': '__main__'}})\nprint('\\n{token}')\n"
-        Path(work, "program.py").write_text(program, encoding="utf-8", errors="backslashreplace")
+        Path(work, "program.py").write_text(source, encoding="utf-8", errors="backslashreplace", newline="")
         answer = _supervise({"work": work, "allow_weaker": allow_weaker, **asdict(limits or Limits())})
     finally:
         _remove(work)
     if answer["leftover"]:
         raise SandboxError(f"{answer['leftover']} processes of a sandboxed program could not be killed.")
-    lines = answer["output"].splitlines()
-    passed = answer["status"] == "exit" and answer["returncode"] == 0 and token in lines
-    output = "\n".join(line for line in lines if line != token).strip()
-    return Outcome(answer["status"], answer["returncode"], output, answer["seconds"], passed)
+    return Outcome(
+        answer["status"], answer["returncode"], answer["output"].strip(), answer["seconds"], answer["passed"]
+    )
 
 
 def run_programs(

@@ -20,9 +20,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from . import confine
+from . import confine, inside
 
 POLL_S = 0.02
 FOLDER_POLL_S = 0.2
@@ -50,13 +51,17 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         return {"missing": missing}
     output, its_output = os.pipe()
     status, its_status = os.pipe()
+    its_token, token_end = os.pipe()
+    reached, its_reached = os.pipe()
+    token = os.urandom(16).hex().encode()
+    os.write(token_end, token)
     first = os.fork()
     if first == 0:
-        os.close(output)
-        os.close(status)
-        _first(request, its_output, its_status, in_namespace, missing)
-    os.close(its_output)
-    os.close(its_status)
+        for end in (output, status, token_end, reached):
+            os.close(end)
+        _first(request, Ends(its_token, its_output, its_status, its_reached), in_namespace, missing)
+    for end in (its_output, its_status, its_token, token_end, its_reached):
+        os.close(end)
     watch = Watch(request, first, output)
     try:
         ended = watch.until_end(status)
@@ -66,9 +71,11 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     report = os.read(status, 4096).decode()
     if report.startswith("error"):
         return {"error": report}
+    returncode = int(report) if report else -int(signal.SIGKILL)
     return {
         "status": ended,
-        "returncode": int(report) if report else -int(signal.SIGKILL),
+        "returncode": returncode,
+        "passed": (ended, returncode, leftover) == ("exit", 0, 0) and os.read(reached, 4096) == token,
         "output": bytes(watch.tail).decode("utf-8", "replace"),
         "seconds": watch.seconds,
         "leftover": leftover,
@@ -79,33 +86,41 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- the processes inside
 
 
-def _first(request: dict[str, Any], output: int, status: int, in_namespace: bool, missing: list[str]) -> NoReturn:
+class Ends(NamedTuple):
+    """The program's ends of the pipes to the supervisor."""
+
+    token: int
+    output: int
+    status: int
+    reached: int
+
+
+def _first(request: dict[str, Any], ends: Ends, in_namespace: bool, missing: list[str]) -> NoReturn:
     """Start the program, reap whatever ends, and report how the program ended."""
     try:
         confine.die_with_parent(signal.SIGKILL)
         os.setsid()
         program = os.fork()
         if program == 0:
-            _program(request, output, status, in_namespace, missing)
-        os.close(output)
+            _program(request, ends, in_namespace, missing)
+        os.close(ends.output)
         while True:
             pid, ended = os.wait()
             if pid == program:
                 break
-        os.write(status, str(os.waitstatus_to_exitcode(ended)).encode())
+        os.write(ends.status, str(os.waitstatus_to_exitcode(ended)).encode())
     finally:
         os._exit(0)
 
 
-def _program(request: dict[str, Any], output: int, status: int, in_namespace: bool, missing: list[str]) -> NoReturn:
+def _program(request: dict[str, Any], ends: Ends, in_namespace: bool, missing: list[str]) -> NoReturn:
     """Become the program: give everything up, then start the interpreter anew."""
     try:
         work = request["work"]
+        harness = Path(inside.__file__).read_text(encoding="utf-8")
         os.chdir(work)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.set_inheritable(status, False)
+        for end, number in ((ends.token, 0), (ends.output, 1), (ends.output, 2), (ends.reached, inside.REPORT_FD)):
+            os.dup2(end, number)
         confine.limit_resources(request["memory_bytes"], int(request["seconds"]) + 2, request["folder_bytes"])
         confine.drop_privileges()
         if confine.landlock_version():  # an old one, where weaker protection is allowed, is better than none
@@ -114,9 +129,9 @@ def _program(request: dict[str, Any], output: int, status: int, in_namespace: bo
             confine.filter_system_calls(signals=in_namespace)
         environment = {"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         interpreter = os.path.realpath(sys.executable)
-        os.execve(interpreter, [interpreter, "-I", "-S", "-B", "program.py"], environment)
+        os.execve(interpreter, [interpreter, "-I", "-S", "-B", "-c", harness], environment)
     except BaseException as error:
-        os.write(status, f"error: {error}".encode())
+        os.write(ends.status, f"error: {error}".encode())
     finally:
         os._exit(1)
 
