@@ -87,7 +87,11 @@ def kron_chain(factors: list[Tensor]) -> Tensor:
 
 def true_delta(layer: KronLayer, adapter: str = "default") -> Tensor:
     """alpha * dW of the papers' equations from the stored tensors, in float64 by torch.kron: (m, n) or (e, m, n)."""
-    stored = {name: tensor.detach().double() for name, tensor in stored_tensors(layer, adapter)}
+    return dense_delta(layer, {name: t.detach().double() for name, t in stored_tensors(layer, adapter)}, adapter)
+
+
+def dense_delta(layer: KronLayer, stored: dict[str, Tensor], adapter: str = "default") -> Tensor:
+    """The same from any tensors in the place of the stored ones, differentiable, in their dtype."""
     formula = _lsr_delta if any(name.startswith("lsr") for name in stored) else _soka_delta
     experts = layer.specs[adapter].experts
     if experts is None:
