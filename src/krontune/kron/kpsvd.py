@@ -16,6 +16,8 @@ from krontune.kron.shapes import KronShape
 EXACT_MAX = 1536
 #: Columns of a Krylov block beyond k: they make the k-th term converge about as fast as the first ones.
 OVERSAMPLE = 8
+#: Terms below this share of the first are rounding errors.
+NOISE = 1e-5
 #: A Krylov basis of more blocks than this would cost more than it gains.
 MAX_BLOCKS = 24
 

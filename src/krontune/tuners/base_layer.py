@@ -337,7 +337,7 @@ class KronLayer(_peft.BaseTunerLayer):
         return self.get_base_layer()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return type(self.host).__name__ in ("LinearHost", "Conv1DHost")
+        return self.host.has_lora
 
     def extra_repr(self) -> str:
         return "\n".join(
@@ -393,9 +393,6 @@ class ParameterLayer(KronLayer):
             layer = layer.base_layer
         _unload_children(layer, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         return layer
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 def _unload_children(module: nn.Module, **how: Any) -> None:

@@ -110,6 +110,16 @@ def _tuner_class(config: KronConfig) -> Any:
     return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
 
 
+def needed_gradient(gradient: Tensor | None) -> Tensor:
+    """The gradient that a start is made from; raises ConfigError where preprocess_gradient left none."""
+    if gradient is None:
+        raise ConfigError(
+            "init_weights='gradient' needs the mean gradient of a few batches. Call "
+            "krontune.preprocess_gradient(model, config, train_step) before get_peft_model."
+        )
+    return gradient
+
+
 def kept_gradient(layer: KronLayer) -> Tensor | None:
     """The gradient that preprocess_gradient left for a layer, as a matrix; None if there is none."""
     gradient = layer.get_base_layer().__dict__.get(_ATTRIBUTE, {}).get(layer.weight_name)

@@ -23,6 +23,7 @@ class LinearHost:
 
     kind = "linear"  # what the checkpoint calls such a layer
     takes_dropout = True
+    has_lora = True  # whether PEFT can convert the adapter to a LoRA of such a layer
 
     def describe(self, base: nn.Module) -> dict[str, object]:
         """What a conversion has to know of the layer, for the checkpoint."""
@@ -66,6 +67,7 @@ class EmbeddingHost(LinearHost):
 
     kind = "embedding"
     takes_dropout = False  # the input is indices
+    has_lora = False
 
     def matrix_shape(self, base: Any) -> tuple[int, ...]:
         return base.num_embeddings, base.embedding_dim
@@ -84,6 +86,7 @@ class ConvHost(LinearHost):
     """
 
     kind = "conv"
+    has_lora = False
 
     def describe(self, base: Any) -> dict[str, object]:
         return {**super().describe(base), "kernel": list(base.weight.shape[1:])}
@@ -108,6 +111,7 @@ class ParameterHost(LinearHost):
 
     kind = "parameter"
     takes_dropout = False
+    has_lora = False
 
     def __init__(self, parameter_name: str):
         self.parameter_name = parameter_name

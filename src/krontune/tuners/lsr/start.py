@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from krontune.errors import ConfigError
 from krontune.kron import nearest_separated, separated_sum, term_norms
+from krontune.kron.kpsvd import NOISE
+from krontune.tuners.gradient import needed_gradient
 from krontune.tuners.lsr.config import LsrSpec
 
 Factors = tuple[list[Tensor], list[Tensor]]  # those of A and those of B
 
 _PAPER_STD = 0.01
-_NOISE = 1e-5  # a KPSVD's terms below this share of its first are rounding errors
 
 
 def lsr_start(spec: LsrSpec, init_weights: bool | str, gradient: Tensor | None = None) -> Factors:
@@ -54,12 +54,7 @@ def _gradient_factors(spec: LsrSpec, gradient: Tensor | None, random: list[Tenso
 
     Terms that the singular vectors do not need keep a tenth of the random start, so that they can be trained.
     """
-    if gradient is None:
-        raise ConfigError(
-            "init_weights='gradient' needs the mean gradient of a few batches. Call "
-            "krontune.preprocess_gradient(model, config, train_step) before get_peft_model."
-        )
-    r = spec.r
+    gradient, r = needed_gradient(gradient), spec.r
     _, _, Vh = torch.linalg.svd(-gradient.float(), full_matrices=False)
     rows = torch.zeros(r, gradient.shape[1])
     rows[: len(Vh[:r])] = Vh[:r].cpu()
@@ -67,6 +62,6 @@ def _gradient_factors(spec: LsrSpec, gradient: Tensor | None, random: list[Tenso
     ratio = separated_sum(random).norm() / separated_sum(terms).norm()
     scale = float(ratio) ** (1 / len(terms))
     norms = term_norms(terms)
-    spare = (norms <= _NOISE * norms.max()).to(terms[0].device)[:, None, None]
+    spare = (norms <= NOISE * norms.max()).to(terms[0].device)[:, None, None]
     tenth = 0.1 ** (1 / len(terms))
     return [torch.where(spare, noise * tenth, term * scale) for term, noise in zip(terms, random, strict=True)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from krontune.errors import ConfigError
 from krontune.kron import Kpsvd, nearest_kron
+from krontune.kron.kpsvd import NOISE
+from krontune.tuners.gradient import needed_gradient
 from krontune.tuners.soka.config import SokaSpec
 from krontune.tuners.soka.layer import SokaStart
-
-_NOISE = 1e-5  # a KPSVD's terms below this share of its first are rounding errors
 
 
 def soka_start(spec: SokaSpec, init_weights: bool | str, kpsvd: Kpsvd | None, gradient: Tensor | None) -> SokaStart:
@@ -38,12 +37,7 @@ def _frozen_terms(
         return _where_strong(kpsvd.sigma, kpsvd.A, kpsvd.B, random, zero)
     if init_weights != "gradient":
         return random, zero
-    if gradient is None:
-        raise ConfigError(
-            "init_weights='gradient' needs the mean gradient of a few batches. Call "
-            "krontune.preprocess_gradient(model, config, train_step) before get_peft_model."
-        )
-    top = nearest_kron(-gradient, spec.shape, spec.r)
+    top = nearest_kron(-needed_gradient(gradient), spec.shape, spec.r)
     scale = random.norm() / top.A.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return _where_strong(top.sigma, top.A * scale.to(top.A.device), zero, random, zero)
 
@@ -54,5 +48,5 @@ def _where_strong(sigma: Tensor, A: Tensor, B: Tensor, other_A: Tensor, other_B:
     With A0 = B0 = 0 a term would never have a gradient.
     """
     r = len(other_A)
-    strong = (sigma[:r] > _NOISE * sigma[0]).cpu()[:, None, None]
+    strong = (sigma[:r] > NOISE * sigma[0]).cpu()[:, None, None]
     return torch.where(strong, A[:r].cpu(), other_A), torch.where(strong, B[:r].cpu(), other_B)
