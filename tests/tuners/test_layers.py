@@ -226,12 +226,17 @@ def test_a_projection_that_is_never_called(net, method, targets):
     assert kron_layers(adapted(base, method(target_parameters=["layer.in_proj_weight"])))
 
 
-def test_an_encoder_layer_does_not_pass_over_its_adapters(net, method):
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["linear1", "linear2"]}, {"target_parameters": ["self_attn.in_proj_weight"]}],
+    ids=["linears", "attention"],
+)
+def test_an_encoder_layer_does_not_pass_over_its_adapters(net, method, targets):
     """nn.TransformerEncoderLayer's fast path in eval mode reads the base weights of all its modules."""
     base = net(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
     x, expected = torch.randn(2, 3, 16), copy.deepcopy(base)
-    model = adapted(base, method(target_modules=["linear1", "linear2"]))
+    model = copy.deepcopy(adapted(base, method(**targets)))
     for name, layer in kron_layers(model.base_model.model).items():
-        expected.get_submodule(name).weight.data += true_delta(layer).float()
+        getattr(expected.get_submodule(name), layer.weight_name).data += true_delta(layer).float()
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-5)

@@ -356,6 +356,15 @@ class ParameterLayer(KronLayer):
     def parameter_name(self) -> str:
         return self.weight_name
 
+    def __getattr__(self, name: str) -> Any:
+        """What others ask the owner for, such as nn.TransformerEncoderLayer its attention for batch_first."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # a copy that is not filled yet has none
+                raise
+            return getattr(self.base_layer, name)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("adapter_names", None)  # with disable_adapter() alone
         if self.disable_adapters and self.merged:
