@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from krontune.errors import ConfigError
 from krontune.recipes.config import ModelSettings
 from krontune.recipes.models import (
-    PACKAGED,
     check_chat_template,
     load_base,
     load_tokenizer,
     model_source,
     resolve_dtype,
 )
+from krontune.weights import PACKAGED
 
 
 def test_a_folder_loads_as_transformers_loads_it(tiny_model: Path) -> None:
@@ -43,10 +43,10 @@ def test_auto_dtype_takes_bfloat16_only_where_it_is_native(monkeypatch: pytest.M
 def test_sources(tmp_path: Path) -> None:
     gguf = tmp_path / "m.gguf"
     gguf.touch()
-    assert model_source(str(gguf)) == (str(tmp_path), "m.gguf")
-    assert model_source(str(tmp_path)) == (str(tmp_path), None)
-    assert model_source(str(tmp_path), "m.gguf") == (str(tmp_path), "m.gguf")
-    assert model_source("HuggingFaceTB/SmolLM2-135M") == ("HuggingFaceTB/SmolLM2-135M", None)
+    assert model_source(str(gguf))[1:] == (str(tmp_path), "m.gguf")
+    assert model_source(str(tmp_path))[1:] == (str(tmp_path), None)
+    assert model_source(str(tmp_path), "m.gguf")[1:] == (str(tmp_path), "m.gguf")
+    assert model_source("HuggingFaceTB/SmolLM2-135M")[1:] == ("HuggingFaceTB/SmolLM2-135M", None)
 
 
 @pytest.mark.parametrize("path", ["missing.gguf", "./nowhere", "/no/such/folder", "~/nor/here"])
@@ -57,7 +57,7 @@ def test_a_local_path_that_does_not_exist(path: str) -> None:
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(ConfigError, match=r"give a model folder, a \.gguf file or a Hub id"):
+    with pytest.raises(ConfigError, match=r"give a model folder, a \.gguf file, a config.json or a Hub id"):
         model_source(str(tmp_path / "weights.bin"))
 
 

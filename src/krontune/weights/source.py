@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from krontune.errors import ConfigError
+from krontune.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +73,7 @@ def find_model(name: str) -> Source:
     if name.startswith("packaged:"):
         key = name.removeprefix("packaged:")
         if key not in PACKAGED:
-            raise ConfigError(f"unknown packaged model {key!r}. Allowed: {', '.join(sorted(PACKAGED))}.")
+            raise ConfigError(f"unknown packaged model {key!r}. {suggest(key, PACKAGED)}")
         return _local(name, PACKAGED[key].locate())
     path = Path(name).expanduser()
     if path.exists():

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 from transformers import PretrainedConfig
 
-from krontune.errors import ConfigError
+from krontune.errors import ConfigError, suggest
 from krontune.plan import parse_amount
-from krontune.recipes.config import MethodSettings, ModelSettings, apply_override, reason, suggest
+from krontune.recipes.config import MethodSettings, ModelSettings, apply_override, reason
 from krontune.recipes.problems import AnswerLoss, Classification
 from krontune.recipes.tasks import find_task
 from krontune.recipes.yaml_files import read_yaml
