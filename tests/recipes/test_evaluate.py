@@ -65,7 +65,9 @@ def by_index(output: Path) -> list[dict[str, Any]]:
 
 
 def settings(folder: Path, **changes: Any) -> EvalSettings:
-    return EvalSettings(**{"task": "gsm8k", "data_dir": folder / "data", "max_new_tokens": 8, "dtype": "float32", **changes})
+    return EvalSettings(
+        **{"task": "gsm8k", "data_dir": folder / "data", "max_new_tokens": 8, "dtype": "float32", **changes}
+    )
 
 
 def test_answers_are_those_of_the_model_with_its_adapter(

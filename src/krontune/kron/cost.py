@@ -36,7 +36,8 @@ class Device(NamedTuple):
     calls: float = 1.0
 
 
-#: The prices, by device type. CPU: fitted on one core of an AVX2 server. CUDA: from data sheets (100 multiply-adds
+#: The prices, by device type. CPU: fitted on one core of an AVX2 server, to an
+#: earlier run than the one in docs/performance.md, which gives their regret. CUDA: from data sheets (100 multiply-adds
 #: in the time that one element of memory traffic takes, 5 us a launch), not measured; calibrate to refine.
 DEVICES: dict[str, Device] = {
     "cpu": Device(gemm=1.0, batched=1.2, touched=12.0, copied=40.0, calls=2e5),
