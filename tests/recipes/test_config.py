@@ -75,6 +75,8 @@ def test_missing_sections_are_named(tmp_path: Path) -> None:
         ("", "an empty file"),
         ("- a\n- b\n", "not a list"),
         ("model: x\nmodel: y\n", "line 2: key 'model' is given twice"),
+        ("? [a, b]\n: 1\n", "line 1: a key is a word, not sequence in brackets"),
+        ("model:\n  ? {a: b}\n  : 1\n", "line 2: a key is a word, not mapping in brackets"),
         ("a: 1\nb: [x\nc: 2\n", "line 3"),
     ],
 )

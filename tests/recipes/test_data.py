@@ -94,6 +94,7 @@ def test_eval_file_and_limit(jsonl: Path, tmp_path: Path) -> None:
         ("", "is empty"),
         ('{"prompt": "a", "completion": null}\n', "1 of 1 rows have no completion"),
         ('{"prompt": "a", "completion": 3}\n', "completion must be text; the first row has 3"),
+        ('{"messages": [1]}\n', "messages must be a list of {role, content}"),
         ('{"messages": "hello"}\n', "messages must be a list of {role, content}"),
         ('{"question": "a", "answer": "b"}\n', "has the columns question, answer; needed are prompt and completion"),
     ],
@@ -124,6 +125,44 @@ def test_settings_without_effect_are_refused(jsonl: Path, tmp_path: Path) -> Non
     chats = write_jsonl(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     with pytest.raises(ConfigError, match=r"data\.chat wraps"):
         load_data(DataSettings(train=str(chats), chat=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_split": "test"}, r"data\.eval_split: 'test' is for a data set on the Hub; .* data\.eval"),
+        ({"split": "nonsense"}, r"data\.split: 'nonsense' is for"),
+        ({"name": "x"}, r"data\.name: 'x' is for"),
+        ({"name": "x", "eval": True}, r"data\.name: 'x' is for"),
+        ({"eval_split": "test", "eval": True}, r"data\.eval_split: 'test' is for"),
+    ],
+)
+def test_a_file_has_neither_splits_nor_configurations(jsonl: Path, changes: dict[str, Any], message: str) -> None:
+    changes = {**changes, "eval": str(jsonl)} if "eval" in changes else changes
+    with pytest.raises(ConfigError, match=message):
+        load_data(DataSettings(train=str(jsonl), **changes))
+    assert load_data(DataSettings(train=str(jsonl), split="train")).train.to_list() == ROWS
+
+
+def test_a_named_column_decides_what_a_row_is(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "c", "question": "q"}])
+    rows = load_data(DataSettings(train=str(path), columns={"text": "question"})).train
+    assert rows.to_list() == [{"text": "q"}]
+    rows = load_data(DataSettings(train=str(path), columns={"prompt": "question"})).train
+    assert rows.to_list() == [{"prompt": "q", "completion": "c"}]
+    with pytest.raises(ConfigError, match=r"data\.columns names prompt, text, but a row is prompt and completion, or"):
+        load_data(DataSettings(train=str(path), columns={"prompt": "question", "text": "question"}))
+
+
+@pytest.mark.parametrize("maker", ["Q {prompt", "{}", "{prompt:d}", "{prompt.size}", "{prompt!x}"])
+def test_a_template_that_is_none(jsonl: Path, tmp_path: Path, maker: str) -> None:
+    with pytest.raises(ConfigError, match=r"template|no column"):
+        load_data(DataSettings(train=str(jsonl), columns={"prompt": maker}))
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "gsm8k" / f"{split}.jsonl", [{**TASK_ROWS["gsm8k"], "prompt": "p"}])
+    with pytest.raises(ConfigError, match=r"cannot be filled: .* Write {NAME} for a field"):
+        load_data(DataSettings(task="gsm8k", data_dir=tmp_path, columns={"prompt": maker}))
 
 
 def test_a_column_that_is_not_there(jsonl: Path) -> None:

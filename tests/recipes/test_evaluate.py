@@ -170,6 +170,8 @@ def test_another_evaluation_is_not_mixed_in(folder: Path, tiny_model: Path, adap
         ({"task": "sst2"}, "has no trained classification head"),
         ({"task": "rte"}, "no such file"),
         ({"split": "dev"}, "no such file"),
+        ({"prompt": "Q: {quest}"}, "the task's rows have no 'quest'; they have question, answer"),
+        ({"prompt": "Q: {question"}, "cannot be filled"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -14,10 +14,10 @@ from datasets import Dataset
 from krontune.errors import ConfigError, suggest
 
 from .config import DataSettings
-from .tasks import Row, Task, fill, find_task, load_rows, subset
+from .tasks import Row, Task, bad_template, fill, find_task, load_rows, subset
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-# What a row can be, first match wins.
+# What a row can be; of several, the first that has a place for every named column.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
 
 
@@ -37,12 +37,29 @@ def load_data(settings: DataSettings) -> Examples:
     """
     if settings.task is not None:
         return _load_task(find_task(settings.task), settings)
+    _check_files(settings)
     train = _examples(settings, settings.source, settings.split)
     if settings.eval:
         return Examples(train, _examples(settings, settings.eval, settings.eval_split or settings.split))
     if settings.eval_split:
         return Examples(train, _examples(settings, settings.source, settings.eval_split))
     return Examples(train)
+
+
+def _check_files(settings: DataSettings) -> None:
+    """Refuse what a local file does not have: splits, and configurations."""
+    train_is_file, eval_is_file = (_is_file(source) for source in (settings.source, settings.eval or settings.source))
+    without_effect = {
+        "split": settings.split if train_is_file and settings.split != "train" else None,
+        "eval_split": settings.eval_split if eval_is_file else None,
+        "name": settings.name if train_is_file and eval_is_file else None,
+    }
+    for name, value in without_effect.items():
+        if value is not None:
+            raise ConfigError(
+                f"data.{name}: {value!r} is for a data set on the Hub; a file is taken whole. Drop it, and name "
+                "the file to evaluate on, if there is one, with data.eval."
+            )
 
 
 def task_rows(task: Task, settings: DataSettings) -> tuple[list[Row], list[Row]]:
@@ -76,10 +93,7 @@ def _load_task(task: Task, settings: DataSettings) -> Examples:
 
 
 def _task_example(templates: dict[str, str], row: Row, chat: bool) -> dict[str, Any]:
-    try:
-        example = {name: fill(text, row) for name, text in templates.items()}
-    except KeyError as error:
-        raise ConfigError(f"the task's rows have no {error}; they have {', '.join(row)}.") from None
+    example = {name: fill(text, row) for name, text in templates.items()}
     if not chat:
         return example
     return _as_chat({**example, "completion": example["completion"].strip()}, None)
@@ -117,13 +131,17 @@ def _examples(settings: DataSettings, source: str, split: str) -> Dataset:
 
 
 def _read(settings: DataSettings, source: str, split: str) -> Dataset:
-    path = Path(source).expanduser()
-    if path.exists() or path.suffix in FORMATS:
-        return _read_file(path)
+    if _is_file(source):
+        return _read_file(Path(source).expanduser())
     try:
         return datasets.load_dataset(source, settings.name, split=split)
     except Exception as error:  # the Hub client raises a dozen unrelated kinds
         raise ConfigError(f"cannot load the data set {source!r}, split {split!r}: {_first_line(error)}") from None
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.exists() or path.suffix in FORMATS
 
 
 def _read_file(path: Path) -> Dataset:
@@ -159,13 +177,17 @@ def _choose_columns(rows: Dataset, settings: DataSettings, source: str) -> Datas
     """Keep the columns of one kind, taking each from where `settings.columns` says: a column, or a template."""
     available = rows.column_names
     chosen: dict[str, str] = {str(name): maker for name, maker in settings.columns.items()}
-    for kind in KINDS:
-        if all(name in chosen or name in available for name in kind):
-            break
-    else:
+    kinds = [kind for kind in KINDS if all(name in chosen or name in available for name in kind)]
+    if not kinds:
         raise ConfigError(
             f"{source} has the columns {', '.join(available)}; needed are prompt and completion, or messages, or "
             "text. Say which to use, for example data.columns: {prompt: question, completion: answer}."
+        )
+    kind = next((kind for kind in kinds if chosen.keys() <= set(kind)), None)
+    if kind is None:
+        raise ConfigError(
+            f"data.columns names {', '.join(chosen)}, but a row is prompt and completion, or messages, or text, and "
+            f"{source} has the columns {', '.join(available)}. Name the parts of one of these, and no other."
         )
     makers = {name: chosen.get(name, name) for name in kind}
     for name, maker in makers.items():
@@ -177,7 +199,7 @@ def _choose_columns(rows: Dataset, settings: DataSettings, source: str) -> Datas
         return rows.select_columns(list(kind))
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
-        return {n: m.format_map(row) if _is_template(m) else row[m] for n, m in makers.items()}
+        return {n: fill(m, row) if _is_template(m) else row[m] for n, m in makers.items()}
 
     return rows.map(build, remove_columns=available, desc="Choosing columns")
 
@@ -185,7 +207,10 @@ def _choose_columns(rows: Dataset, settings: DataSettings, source: str) -> Datas
 def _fields(maker: str) -> list[str]:
     if not _is_template(maker):
         return [maker]
-    return [field for _, field, _, _ in string.Formatter().parse(maker) if field]
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(maker) if field]
+    except ValueError as error:
+        raise bad_template(maker, error) from None
 
 
 def _is_template(maker: str) -> bool:
@@ -199,10 +224,14 @@ def _check_values(rows: Dataset, source: str) -> None:
             raise ConfigError(f"{source}: {missing} of {len(rows)} rows have no {name}.")
         value = rows[0][name]
         plain_text = isinstance(value, str) and name != "messages"
-        messages = name != "text" and isinstance(value, list) and all({"role", "content"} <= set(m) for m in value)
+        messages = name != "text" and isinstance(value, list) and all(map(_is_message, value))
         if not plain_text and not messages:
             kind = "a list of {role, content}" if name == "messages" else "text"
             raise ConfigError(f"{source}: {name} must be {kind}; the first row has {value!r}.")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
 
 
 def _as_chat(row: dict[str, str], system: str | None) -> dict[str, list[dict[str, str]]]:

@@ -197,9 +197,26 @@ def _from_hub(task: Task, split: str) -> list[Row]:
 
 
 def fill(template: str, row: Row) -> str:
-    """A prompt or completion: the template over the row's fields, with `tests` for a list of assertions."""
+    """A prompt or completion: the template over the row's fields, with `tests` for a list of assertions.
+
+    Raises:
+        ConfigError: the row has no such field, or what is written is no template.
+    """
     tests = {"tests": "\n".join(row["test_list"])} if "test_list" in row else {}
-    return template.format_map({**row, **tests})
+    try:
+        return template.format_map({**row, **tests})
+    except KeyError as error:
+        raise ConfigError(f"the task's rows have no {error}; they have {', '.join(row)}.") from None
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise bad_template(template, error) from None
+
+
+def bad_template(template: str, error: Exception) -> ConfigError:
+    """What to say of a template that Python cannot fill."""
+    return ConfigError(
+        f"the template {template!r} cannot be filled: {error}. Write {{NAME}} for a field of the rows; double a brace "
+        "that is meant."
+    )
 
 
 def subset(rows: Sequence[Row], limit: int | None, seed: int = SUBSET_SEED) -> list[Row]:
