@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from krontune.errors import ConfigError
-from krontune.recipes.tasks import TASKS, fill, find_task, load_rows, subset
+from krontune.recipes.tasks import TASKS, fill, find_task, load_rows, mark_spans, subset
 
 WITH_A_HEAD = [name for name, task in TASKS.items() if not task.generates]
 
@@ -29,6 +29,44 @@ def test_texts_and_labels(name: str, shared_data: Path) -> None:
         else:
             assert labels == set(range(len(task.labels)))
         assert task.n_outputs == (1 if task.kind in ("choose", "regress") else len(labels))
+
+
+def test_the_spans_of_wsc_are_marked_where_they_stand(shared_data: Path) -> None:
+    """No input carries two labels; without marks, 13 did, since a pronoun stands in them twice."""
+    task = TASKS["wsc"]
+    for split in task.splits:
+        labels: dict[object, set[int]] = {}
+        n_misplaced = 0
+        for row in load_rows(task, split, shared_data):
+            (texts,) = task.candidates(row)
+            labels.setdefault(texts, set()).add(row["label"])
+            assert texts[1] == f"{row['span2_text']} is {row['span1_text']}"
+            assert texts[0].replace("*", "").replace("#", "") == row["text"].replace("*", "").replace("#", "")
+            for span, mark, other in ((row["span1_text"], "*", "#"), (row["span2_text"], "#", "*")):
+                wanted = f"{mark}{span}{mark}".replace("\n", " ").lower()
+                n_misplaced += wanted not in texts[0].replace("\n", " ").replace(other, "").lower()
+        assert not [texts for texts, found in labels.items() if len(found) > 1]
+        assert n_misplaced == (1 if split == "validation" else 0)  # the data set's own: its index is one too small
+
+
+def test_spans_that_touch_or_hold_each_other_are_marked_both() -> None:
+    row = {
+        "text": "Ann's dog bit her, her arm.",
+        "span1_text": "her",
+        "span1_index": 4,
+        "span2_text": "her",
+        "span2_index": 3,
+    }
+    assert TASKS["wsc"].candidates({**row, "label": 0}) == [("Ann's dog bit #her#, *her* arm.", "her is her")]
+    inside = {
+        "text": "Ann hit his dog.",
+        "span1_text": "his dog",
+        "span1_index": 2,
+        "span2_text": "his",
+        "span2_index": 2,
+    }
+    assert TASKS["wsc"].candidates(inside)[0][0] == "Ann hit *#his# dog*."
+    assert mark_spans({**inside, "span2_text": "dog", "span2_index": 3}) == "Ann hit *his #dog#*."
 
 
 def test_prompts_of_generated_answers(shared_data: Path) -> None:

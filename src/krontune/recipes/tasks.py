@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ class Task:
         kind: "classify" and "regress" put a head on the text; "choose" scores every candidate text and takes the best;
             "answer" is a final number, "math" a final expression, "code" a program that must pass its tests.
         hub: data set and configuration on the Hub.
-        texts: one or two templates over the row's fields. For "choose", one pair a candidate.
+        texts: one or two templates over the row's fields, and `marked`: see `mark_spans`. For "choose", one pair a
+            candidate.
         labels: the classes' names in the order of their numbers; of "choose", the candidates.
         metrics: names in krontune.recipes.metrics; for generated answers, see judging.py.
         splits: the names of the splits for training and for evaluation.
@@ -59,7 +61,29 @@ class Task:
 
     def candidates(self, row: Row) -> list[tuple[str, ...]]:
         """The texts to encode for a row: one, or one a choice."""
-        return [tuple(template.format_map(row) for template in templates) for templates in self.texts]
+        fields = {**row, "marked": mark_spans(row)} if "span1_index" in row else row
+        return [tuple(template.format_map(fields) for template in templates) for templates in self.texts]
+
+
+def mark_spans(row: Row) -> str:
+    """The text with * around its first span and # around its second: a pronoun may stand in it several times.
+
+    >>> mark_spans({"text": "Ann saw him, him too.", "span1_text": "Ann", "span1_index": 0,
+    ...     "span2_text": "him", "span2_index": 2})
+    '*Ann* saw #him#, him too.'
+    """
+    text = str(row["text"])
+    words = list(re.finditer(r"\S+", text))
+    marks = []  # where, in which order there, and what: of two spans that begin or end together, one holds the other
+    for number, mark in (("1", "*"), ("2", "#")):
+        span, first = str(row[f"span{number}_text"]), int(row[f"span{number}_index"])
+        start, end = words[first].start(), words[first + len(span.split()) - 1].end()
+        if text[start:end].lower().startswith(span.lower()):
+            end = start + len(span)  # without the comma
+        marks += [(start, start - end, mark), (end, end - start, mark)]
+    for where, _, mark in sorted(marks, reverse=True):
+        text = text[:where] + mark + text[where:]
+    return text
 
 
 def _glue(name: str, texts: tuple[str, ...], labels: Sequence[str], metrics: Sequence[str], **more: Any) -> Task:
@@ -107,7 +131,7 @@ TASKS: dict[str, Task] = {
             labels=("choice1", "choice2"),
         ),
         _super_glue("wic", ("{word}: {sentence1}", "{sentence2}"), labels=("different", "same")),
-        _super_glue("wsc", ("{text}", "{span2_text} is {span1_text}"), labels=("no", "yes")),
+        _super_glue("wsc", ("{marked}", "{span2_text} is {span1_text}"), labels=("no", "yes")),
         Task(
             "gsm8k",
             "answer",
