@@ -198,6 +198,25 @@ def test_programs_that_cannot_be_confined_are_not_even_asked_for(
         evaluate(settings(folder, task="mbpp", base="./no-model"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("native", [torch.bfloat16, torch.float32])
+def test_auto_is_written_as_the_dtype_that_it_was(
+    native: torch.dtype, folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head's is float32 on any hardware; and an evaluation does not go on in another than it was begun in."""
+    monkeypatch.setattr("krontune.recipes.evaluate.resolve_dtype", lambda name: native)
+    name = str(native).removeprefix("torch.")
+    wanted = settings(folder, base=str(tiny_model), limit=1, dtype="auto")
+    assert evaluate(wanted, tmp_path / "out").dtype == name
+    for file in ("settings.json", "result.json"):
+        assert json.loads((tmp_path / "out" / file).read_text())["dtype"] == name
+    head = EvalSettings("sst2", base=str(folder / "bert"), data_dir=folder / "data", limit=1)
+    assert evaluate(head, tmp_path / "head").dtype == "float32"
+    other = torch.float32 if native == torch.bfloat16 else torch.bfloat16
+    monkeypatch.setattr("krontune.recipes.evaluate.resolve_dtype", lambda name: other)
+    with pytest.raises(ConfigError, match="another dtype"):
+        evaluate(wanted, tmp_path / "out")
+
+
 START = """
 import sys, time
 from pathlib import Path

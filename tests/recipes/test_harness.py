@@ -59,7 +59,7 @@ def test_the_adapter_is_applied(task: Path, tiny_model: Path, adapter: Path) -> 
     expected = sum(c == row["label"] for c, row in zip(chosen, ROWS, strict=True)) / len(ROWS)
     found = run_harness(["even"], str(adapter), str(tiny_model), dtype="float32", include_path=task)
     assert found["results"]["even"]["acc,none"] == expected
-    assert found["base"] == str(tiny_model)
+    assert (found["base"], found["dtype"]) == (str(tiny_model), "float32")
 
 
 def test_an_unknown_task(tiny_model: Path) -> None:

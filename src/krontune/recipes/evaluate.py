@@ -31,7 +31,7 @@ from .config import ModelSettings
 from .generate import complete, render
 from .judging import check_math_verify, judge
 from .metrics import score
-from .models import Base, check_chat_template, load_base, model_source
+from .models import Base, check_chat_template, load_base, model_source, resolve_dtype
 from .problems import load_classification
 from .runs import environment, locked
 from .sandbox.api import SandboxError, missing_protection
@@ -57,7 +57,7 @@ class EvalSettings:
         chat: give the prompt as a user's turn, through the tokenizer's chat template.
         max_new_tokens: where an answer is cut off; None for the task's own.
         max_length: tokens of a row, for classification.
-        dtype: of the base model.
+        dtype: of the base model; "auto" is float32 for classification, else what this hardware multiplies natively.
         batch_size: rows at a time; it does not count as a setting when an evaluation goes on.
         allow_weaker_sandbox: run programs where this system cannot confine them fully.
     """
@@ -93,6 +93,7 @@ class EvalSettings:
             split=self.split or task.splits[1],
             prompt=self.prompt or task.prompt,
             max_new_tokens=self.max_new_tokens or task.max_new_tokens,
+            dtype=_chosen_dtype(task) if self.dtype == "auto" else self.dtype,
         )
 
 
@@ -103,6 +104,7 @@ class EvalResult:
     task: str
     base: str
     adapter: str | None
+    dtype: str  # as resolved: "auto" differs from machine to machine
     n_items: int
     scores: dict[str, float]
     stderr: float | None
@@ -289,6 +291,11 @@ def _adapted(model: torch.nn.Module, settings: EvalSettings) -> torch.nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def _chosen_dtype(task: Task) -> str:
+    """What "auto" is here: a head is trained in float32, and other hardware may take another type for the rest."""
+    return str(resolve_dtype("auto")).removeprefix("torch.") if task.generates else "float32"
+
+
 def _base_of(adapter: str) -> str:
     try:
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
@@ -320,5 +327,13 @@ def _result(
         predicted, labels = (np.array([record[name] for record in ordered]) for name in ("predicted", "label"))
         scores = score(task.metrics, predicted, labels)
     return EvalResult(
-        task.name, str(settings.base), settings.adapter, len(rows), scores, stderr, seconds, environment()
+        task=task.name,
+        base=str(settings.base),
+        adapter=settings.adapter,
+        dtype=settings.dtype,
+        n_items=len(rows),
+        scores=scores,
+        stderr=stderr,
+        seconds=seconds,
+        environment=environment(),
     )

@@ -52,6 +52,7 @@ def run_harness(
     return {
         "base": settings.base,
         "adapter": adapter,
+        "dtype": settings.dtype,
         "limit": limit,
         "results": found["results"],
         "versions": found["versions"],
