@@ -23,7 +23,8 @@ from krontune.errors import ConfigError
 from krontune.recipes.evaluate import EvalSettings, evaluate
 from krontune.recipes.judging import final_number
 from krontune.recipes.metrics import score
-from krontune.recipes.sandbox.api import SandboxError
+from krontune.recipes.sandbox.api import SandboxError, missing_protection
+from krontune.recipes.tasks import TASKS, fill
 from tests.recipes.tiny_bert import make_data, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +197,79 @@ def test_programs_that_cannot_be_confined_are_not_even_asked_for(
     monkeypatch.setattr("krontune.recipes.evaluate.missing_protection", lambda: ["no namespaces"])
     with pytest.raises(SandboxError, match="no namespaces"):
         evaluate(settings(folder, task="mbpp", base="./no-model"), tmp_path / "out")
+
+
+# Rows with the keys of the data sets on the Hub; HumanEval's prompts hold imports and helpers, and end in a docstring.
+GENERATED: dict[str, list[dict[str, Any]]] = {
+    "mbpp": [
+        {
+            "task_id": i,
+            "text": f"Write a function to add {i} to a number.",
+            "code": f"def plus(a):\r\n  return a + {i}",
+            "test_list": [f"assert plus(0) == {i}", f"assert plus({i}) == {2 * i}"],
+            "test_setup_code": "",
+            "challenge_test_list": [],
+        }
+        for i in (1, 2)
+    ],
+    "humaneval": [
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "from typing import List\n\n\ndef largest(values: List[int]) -> int:\n"
+            '    """ Return the largest value.\n    >>> largest([1, 3, 2])\n    3\n    """\n',
+            "entry_point": "largest",
+            "canonical_solution": "    return max(values)\n",
+            "test": "\n\nMETADATA = {\n    'author': 'us',\n    'dataset': 'test'\n}\n\n\ndef check(candidate):\n"
+            "    assert candidate([1, 3, 2]) == 3\n    assert candidate([-2, -1]) == -1\n\n",
+        },
+        {
+            "task_id": "HumanEval/1",
+            "prompt": "import math\n\ndef area(r):\n    return math.pi * r ** 2\n\ndef ring(outer, inner):\n"
+            '    """The area between two circles, with area."""\n',
+            "entry_point": "ring",
+            "canonical_solution": "\n    return area(outer) - area(inner)\n",
+            "test": "def check(candidate):\n    assert abs(candidate(2, 1) - 3 * 3.14159265) < 1e-6\n",
+        },
+    ],
+    "math": [
+        {
+            "problem": f"What is ${i}/4$?",
+            "level": "Level 1",
+            "type": "Prealgebra",
+            "solution": f"It is $\\boxed{{{value}}}$.",
+        }
+        for i, value in ((2, r"\frac{1}{2}"), (4, "1"))
+    ],
+}
+
+
+@pytest.mark.parametrize("task", ["mbpp", "humaneval", "math"])
+@pytest.mark.parametrize("right", [(True, True), (True, False), (False, False)])
+def test_generated_answers_are_judged_for_real(
+    task: str, right: tuple[bool, bool], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference answers to the task's own prompts, of which some are spoilt; only the generation is forced."""
+    if task == "math":
+        pytest.importorskip("math_verify")
+    elif missing_protection():
+        pytest.skip("no sandbox here")
+    rows = GENERATED[task]
+    (tmp_path / task).mkdir()
+    (tmp_path / task / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    spoilt = {"mbpp": "def plus(a):\n  return a\n", "humaneval": "    return 0\n", "math": r" It is $\boxed{7}$."}
+    answers = {
+        fill(TASKS[task].prompt, row): fill(TASKS[task].completion, row) if is_right else spoilt[task]
+        for row, is_right in zip(rows, right, strict=True)
+    }
+    monkeypatch.setattr(
+        "krontune.recipes.evaluate.complete", lambda model, tokenizer, texts, **_: [answers[text] for text in texts]
+    )
+    result = evaluate(EvalSettings(task, base=str(tiny_model), data_dir=tmp_path, batch_size=1), tmp_path / "out")
+    assert result.scores == {TASKS[task].metrics[0]: sum(right) / 2}
+    assert result.stderr == pytest.approx((np.mean(right) * (1 - np.mean(right)) / 2) ** 0.5)
+    items = by_index(tmp_path / "out")
+    assert [item["correct"] for item in items] == list(right)
+    assert [item["output"] for item in items] == list(answers.values())
 
 
 @pytest.mark.parametrize("native", [torch.bfloat16, torch.float32])
