@@ -54,7 +54,9 @@ class Worker:
 
     def stop(self) -> None:
         """End it, in the middle of a run if need be."""
-        self.process.terminate()
+        self.connection.close()  # an idle one ends by itself
+        if self.spec:
+            self.process.terminate()
         self.process.join(5)
         if self.process.is_alive():
             self.process.kill()
