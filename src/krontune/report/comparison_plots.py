@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,11 @@ from .statistics import Summary, pareto_front, spread
 MARKERS = "osD^vP*X<>"
 
 
+def method_colors(summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    """One color a method, the same in every plot."""
+    return dict(zip((label for label, _ in by_size(summaries)), _colors(len(summaries)), strict=True))
+
+
 def pareto(summaries: Mapping[str, Summary], tasks: Sequence[str], scale: Scale, path: Path) -> None:
     """Draw the mean score against trainable parameters, with one standard deviation and the front."""
     every = mean_points(summaries, tasks)
@@ -26,11 +32,16 @@ def pareto(summaries: Mapping[str, Summary], tasks: Sequence[str], scale: Scale,
     front = [points[label] for label in pareto_front(every, scale.sign) if label in points]
     if front:
         axes.step(*np.array(front).T, where="post", color="#999999", linewidth=1, zorder=0)
-    for i, (label, color) in enumerate(zip(points, _colors(len(points)), strict=True)):
+    colors = method_colors(summaries)
+    for i, label in enumerate(points):
         means = summaries[label].seed_means(tasks)
         error = spread(means) if len(means) > 1 else 0.0
-        axes.errorbar(*points[label], error, fmt=MARKERS[i % len(MARKERS)], color=color, label=label, capsize=2)
-    axes.set(xscale="log", xlabel="trainable parameters (without the head)", ylabel=f"mean score, {len(tasks)} task(s)")
+        axes.errorbar(*points[label], error, fmt=MARKERS[i % len(MARKERS)], color=colors[label], label=label, capsize=2)
+    axes.set(
+        xscale="log",
+        xlabel="trainable parameters (without the head)",
+        ylabel="mean score" + (f" over {len(tasks)} tasks" if len(tasks) > 1 else ""),
+    )
     _format(axes, scale)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
@@ -63,11 +74,12 @@ def curves(summaries: Mapping[str, Summary], tasks: Sequence[str], quantity: str
     rows = -(-len(tasks) // columns)
     figure = _figure(4.6 * columns + 1.5, 3.4 * rows)
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    colors = method_colors(summaries)
     for axes, task in zip(panels, tasks):
-        for (label, summary), color in zip(by_size(summaries), _colors(len(summaries)), strict=True):
+        for label, summary in by_size(summaries):
             steps, values = mean_curve([run.history for run in summary.runs if run.task == task], quantity)
             if steps:
-                axes.plot(steps, values, color=color, linewidth=1.5, label=label)
+                axes.plot(steps, values, color=colors[label], linewidth=1.5, label=label)
                 drawn = True
         axes.set(title=task, xlabel="step", ylabel=title)
     for axes in panels[len(tasks) :]:

@@ -177,8 +177,8 @@ def rate_table(runs: Sequence[ComparedRun], scale: Scale) -> Cells:
 
 
 def mean_points(summaries: Mapping[str, Summary], tasks: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """(parameters, mean score) of the methods that have a seed with all tasks."""
-    found = {label: (summary, summary.seed_means(tasks)) for label, summary in summaries.items()}
+    """(parameters, mean score) of the methods that have a seed with all tasks, in the order of `by_size`."""
+    found = {label: (summary, summary.seed_means(tasks)) for label, summary in by_size(summaries)}
     return {label: (float(s.n_trainable), statistics.fmean(means)) for label, (s, means) in found.items() if means}
 
 
