@@ -10,7 +10,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from krontune.tuners.base_layer import KronLayer
-from tests.tuners.helpers import METHODS, one_layer, train_a_little
+from krontune.tuners.remembered import Remembered
+from tests.tuners.helpers import METHODS, adapted, one_layer, train_a_little, true_delta
 
 
 class Holder(nn.Module):
@@ -146,6 +147,34 @@ def test_what_is_kept_belongs_to_one_adapter(layer):
         assert torch.equal(layer(x), layer.base_layer(x))
         layer.enable_adapters(True)
         assert torch.equal(layer(x), first)
+
+
+def test_what_is_kept_follows_the_device():
+    """Here without a second device that computes: "meta" tells which device the value was made on."""
+    kept, tensor = Remembered(), torch.ones(2)
+    devices = [kept.get([t], None, lambda t=t: t * 2).device.type for t in (tensor, tensor.to("meta"), tensor)]
+    assert devices == ["cpu", "meta", "cpu"]
+
+
+def test_what_is_kept_follows_the_active_adapter(method):
+    """Adapters are switched, changed while another is active, and switched back."""
+    model = adapted(Holder(), method(target_modules=["linear"]))
+    model.add_adapter("other", method(target_modules=["linear"]))
+    train_a_little(model, "other", seed=5)
+    layer, x = one_layer(model.eval()), torch.randn(3, 24)
+
+    def expected(name: str) -> Tensor:
+        return layer.base_layer(x).double() + x.double() @ true_delta(layer, name).T
+
+    with torch.no_grad():
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            for _ in range(2):  # made, then kept
+                assert_close(model(x), expected(name))
+            other = {"default": "other", "other": "default"}[name]
+            layer.factors(other)[0].mul_(1.5)
+        model.set_adapter("other")
+        assert_close(model(x), expected("other"))
 
 
 def test_a_gradient_flows_after_inference(layer):
