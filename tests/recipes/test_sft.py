@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -13,11 +14,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from krontune.errors import ConfigError
 from krontune.recipes import Interrupted, RunConfig, train
+from krontune.recipes.callbacks import StepBar
 from krontune.recipes.config import ModelSettings
 from krontune.recipes.models import load_base
 from krontune.recipes.runs import RunFolder
@@ -298,3 +302,26 @@ def test_the_card_loads_the_adapter(name: str, run_config: MakeConfig) -> None:
     namespace: dict[str, Any] = {}
     exec(code.replace("PATH/TO/THIS/FOLDER", str(config.output / "adapter")), namespace)
     assert namespace["model"].peft_config["default"].peft_type.value == name.upper()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_and_reported(
+    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """A bar on a terminal, lines elsewhere; and every log entry goes to what `report_to` names."""
+    reported: list[float] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            reported.extend([logs["loss"]] if "loss" in logs else [])
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tracker", Tracker)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=100)
+    record = train(run_config(report_to="tracker"), callbacks=[StepBar(console, "tiny")])
+    assert len(reported) == record.steps == 4
+    shown = screen.getvalue()
+    if terminal:
+        assert "tiny" in shown and "4/4" in shown and f"loss {reported[-1]:.4g}" in shown
+    else:
+        assert shown.splitlines() == [f"tiny: step {i}/4  loss {loss:.4g}" for i, loss in enumerate(reported, start=1)]
