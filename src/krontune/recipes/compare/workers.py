@@ -99,13 +99,16 @@ def compare(
         records = {run.key: run for run in journal.read()}
         give_up = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
 
+        left = due(grid, methods, records)
+
         def next_specs() -> list[RunSpec]:
-            return due(grid, methods, records) if time.monotonic() < give_up else []
+            return left if time.monotonic() < give_up else []
 
         for run in _results(grid, jobs, max(1, cores // jobs), next_specs):
             journal.append(run)
             records[run.key] = run
-            on_run(run, len(due(grid, methods, records)))
+            left = due(grid, methods, records)
+            on_run(run, len(left))
     return [records[key] for key in planned(grid, methods, records) if key in records]
 
 
