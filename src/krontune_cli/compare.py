@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +50,13 @@ def command(
             return
         if not report_only:
             compare(
-                wanted, folder, jobs=jobs, minutes=minutes, retry=retry, on_run=lambda run, n: _line(screen, run, n)
+                wanted,
+                folder,
+                jobs=jobs,
+                minutes=minutes,
+                retry=retry,
+                on_run=lambda run, n: _line(screen, run, n),
+                prepare=partial(quiet_libraries, progress=False),
             )
         from krontune.report.comparison import write_comparison
 

@@ -139,6 +139,6 @@ def _show(result: EvalResult, folder: Path, as_json: bool) -> None:
     rows = [(name, f"{value:.4f}{error}") for name, value in result.scores.items()]
     model = result.base if result.adapter is None else f"{result.adapter} on {result.base}"
     out = console()
-    out.print(f"{model}, {result.task}, {result.n_items} rows", soft_wrap=True)
+    out.print(f"{model}, {result.task}, {result.n_items} rows, {result.dtype}", soft_wrap=True)
     out.print(make_table(["metric", "value"], rows))
     out.print(f"{folder}/items.jsonl  every row\n{folder}/result.json  the result", soft_wrap=True)

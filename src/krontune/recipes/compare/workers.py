@@ -23,13 +23,18 @@ from .schedule import due, planned
 JOURNAL = "runs.jsonl"
 
 
+def _nothing() -> None:
+    pass
+
+
 class Worker:
     """A process that does one run at a time. It ends when the process that started it does."""
 
-    def __init__(self, grid: Grid, threads: int) -> None:
+    def __init__(self, grid: Grid, threads: int, prepare: Callable[[], None]) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of torch's threads
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, grid.model_dump(mode="json"), threads), daemon=True)
+        raw_grid = grid.model_dump(mode="json")
+        self.process = context.Process(target=_serve, args=(theirs, raw_grid, threads, prepare), daemon=True)
         self.process.start()
         theirs.close()
         self.spec: RunSpec | None = None
@@ -71,6 +76,7 @@ def compare(
     minutes: float | None = None,
     retry: bool = False,
     on_run: Callable[[ComparedRun, int], None] = lambda run, left: None,
+    prepare: Callable[[], None] = _nothing,
 ) -> list[ComparedRun]:
     """Do every run of the grid that OUTPUT/runs.jsonl does not hold yet, and return all the grid's records.
 
@@ -81,6 +87,7 @@ def compare(
         minutes: start no run after so many; go on with the same command.
         retry: forget the runs that failed, and try them again.
         on_run: called with every new record, and the number of runs known to be due after it.
+        prepare: called first in every process, before the libraries are imported; a function that can be pickled.
 
     Raises:
         ConfigError: settings that do not fit, a folder in use, or a process that died twice on one run.
@@ -104,7 +111,10 @@ def compare(
         def next_specs() -> list[RunSpec]:
             return left if time.monotonic() < give_up else []
 
-        for run in _results(grid, jobs, max(1, cores // jobs), next_specs):
+        def make_worker() -> Worker:
+            return Worker(grid, max(1, cores // jobs), prepare)
+
+        for run in _results(make_worker, jobs, next_specs):
             journal.append(run)
             records[run.key] = run
             left = due(grid, methods, records)
@@ -123,7 +133,9 @@ def labels(grid: Grid, output: Path) -> dict[str, str]:
     return {key: spec.method.label for key, spec in planned(grid, resolve_methods(grid), records).items()}
 
 
-def _results(grid: Grid, jobs: int, threads: int, next_specs: Callable[[], list[RunSpec]]) -> Iterator[ComparedRun]:
+def _results(
+    make_worker: Callable[[], Worker], jobs: int, next_specs: Callable[[], list[RunSpec]]
+) -> Iterator[ComparedRun]:
     """Records as they come, until nothing is due and nothing is under way."""
     workers: list[Worker] = []
     deaths: dict[str, int] = {}
@@ -133,7 +145,7 @@ def _results(grid: Grid, jobs: int, threads: int, next_specs: Callable[[], list[
             waiting = [spec for spec in next_specs() if spec.key not in busy]
             idle = [worker for worker in workers if not worker.spec]
             while len(idle) < len(waiting) and len(workers) < jobs:
-                workers.append(Worker(grid, threads))
+                workers.append(make_worker())
                 idle.append(workers[-1])
             for worker, spec in zip(idle, waiting):
                 worker.start(spec)
@@ -165,8 +177,9 @@ def _note_death(worker: Worker, deaths: dict[str, int]) -> None:
         )
 
 
-def _serve(connection: Connection, raw_grid: dict[str, Any], threads: int) -> None:
+def _serve(connection: Connection, raw_grid: dict[str, Any], threads: int, prepare: Callable[[], None]) -> None:
     """The worker's side: a task's data is encoded once, and every run starts from a copy of the loaded model."""
+    prepare()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
