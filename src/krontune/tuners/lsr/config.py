@@ -82,10 +82,11 @@ class LsrConfig(KronConfig):
         n_factors: d, the number of factors of a term (Definition 3.2); 2 is the paper's and the fast path.
         factor_shapes: "auto" splits every dimension into balanced factors, largest first (768 into 32 x 24). A dict
             {size: factors} says otherwise for dimensions of that size, for r too: {768: (48, 16)}.
-        init_weights: the start. True and "zero": A random, B zero, so that the update is exactly zero. The best learning
-            rate falls as s grows (on MiniLM, r=16: 6e-3 at s=7, 2e-3 at s=24). "paper": every factor ~ N(0, 0.01^2),
-            the scale of the authors' start; the update is tiny, not zero. "gradient": A from the top right singular
-            vectors of the mean gradient; call preprocess_gradient first. False: everything random, not the identity.
+        init_weights: the start. True and "zero": A random, B zero, so that the update is exactly zero. The best
+            learning rate falls as s grows (on MiniLM, r=16: 6e-3 at s=7, 2e-3 at s=24). "paper": every factor ~
+            N(0, 0.01^2), the scale of the authors' start; the update is tiny, not zero. "gradient": A from the top
+            right singular vectors of the mean gradient; call preprocess_gradient first. False: everything random,
+            not the identity.
 
     Raises:
         ConfigError: a setting out of range.
