@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from krontune.errors import CheckpointError, ConfigError
 from krontune.recipes.compare.grid import Grid, resolve_methods, run_spec, sizes
-from krontune.recipes.compare.methods import Method, adapt, parameter_groups, with_knob
+from krontune.recipes.compare.methods import Method, adapt, norm_parameters, parameter_groups, with_knob
 from krontune.recipes.compare.schedule import due
 from krontune.recipes.compare.training import load_problem, run
 from krontune.recipes.compare.tuning import best_rate, next_rate
@@ -318,6 +318,30 @@ def test_rates_can_differ_between_factors(folder: Path) -> None:
     method = Method("x", "lsr", {"target_modules": ["query"]}, multipliers={r"lsr_B": 4.0})
     groups = parameter_groups(adapt(method, model, "SEQ_CLS"), method, rate=0.5, head_rate=0.1)
     assert sorted(group["lr"] for group in groups) == [0.1, 0.5, 2.0]
+
+
+def test_norms_beside_an_adapter_have_their_own_rate(folder: Path) -> None:
+    def rates(method: Method) -> set[float]:
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+        adapted = adapt(method, model, "SEQ_CLS")
+        norms = {id(p) for p in norm_parameters(adapted)}
+        groups = parameter_groups(adapted, method, rate=0.5, head_rate=0.1, norm_rate=0.2)
+        return {group["lr"] for group in groups for parameter in group["params"] if id(parameter) in norms}
+
+    assert rates(Method("beside", "lsr", {"target_modules": ["query"]}, norms=True)) == {0.2}
+    assert rates(Method("alone", "head", norms=True)) == {0.5}
+
+
+def test_a_rate_of_norms_makes_new_runs_of_the_methods_that_train_them(folder: Path) -> None:
+    plain = make_grid(folder)
+    training = {**plain.training.model_dump(), "norm_rate": 2e-3}
+    slower = make_grid(folder, training=training)
+
+    def key(grid: Grid, **settings: Any) -> str:
+        return run_spec(grid, Method("x", "lsr", {"r": 4}, **settings), "tune", "sst2", 1e-2, 0).key
+
+    assert key(plain) == key(slower)
+    assert key(plain, norms=True) != key(slower, norms=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the records

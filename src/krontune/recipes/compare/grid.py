@@ -38,6 +38,7 @@ class Training(_Section):
     max_length: int = Field(default=128, gt=0)  # tokens of a row
     warmup: float = Field(default=0.1, ge=0, lt=1)  # share of the steps; the rate then falls to zero on a line
     head_rate: float = Field(default=1e-3, gt=0)  # of the classification head
+    norm_rate: float | None = Field(default=None, gt=0)  # of norm layers beside an adapter; None: as the adapter
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     train_rows: int | None = Field(default=None, gt=0)
@@ -191,6 +192,8 @@ class RunSpec:
         decisive = asdict(self)
         for name in ("label", "rate", "tuned"):
             decisive["method"].pop(name)
+        if self.training["norm_rate"] is None or not self.method.norms_beside:
+            decisive["training"].pop("norm_rate")  # it changes nothing
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -61,6 +61,11 @@ class Method:
         return "budget" if self.shares_budget else KNOBS.get(self.name, "r")
 
     @property
+    def norms_beside(self) -> bool:
+        """Whether it trains the norm layers beside something else; alone they are the method itself."""
+        return self.norms and self.name != "head"
+
+    @property
     def shares_budget(self) -> bool:
         """Whether it shares a budget of its own out over the layers, by their weights."""
         return self.settings.get("rank_selection") == "budget"
@@ -124,13 +129,23 @@ def adapter_bytes(model: nn.Module) -> int:
     return saved + sum(p.numel() * p.element_size() for p in others)
 
 
-def parameter_groups(model: nn.Module, method: Method, rate: float, head_rate: float) -> list[dict[str, Any]]:
-    """Optimizer groups: the head at its own rate, everything else at `rate` times its multiplier."""
+def parameter_groups(
+    model: nn.Module, method: Method, rate: float, head_rate: float, norm_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups: the head and norms beside an adapter at their own rates, the rest at multiples of `rate`."""
+    norms = {id(p) for p in norm_parameters(model)} if norm_rate and method.norms_beside else set()
+
+    def own_rate(name: str, parameter: nn.Parameter) -> float:
+        if is_head(name):
+            return head_rate
+        if norm_rate and id(parameter) in norms:
+            return norm_rate
+        return rate * next((factor for pattern, factor in method.multipliers.items() if re.search(pattern, name)), 1.0)
+
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = next((f for pattern, f in method.multipliers.items() if re.search(pattern, name)), 1.0)
-            groups.setdefault(head_rate if is_head(name) else rate * factor, []).append(parameter)
+            groups.setdefault(own_rate(name, parameter), []).append(parameter)
     return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 

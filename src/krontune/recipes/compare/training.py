@@ -129,7 +129,7 @@ class Trace:
 def _fit(
     model: nn.Module, spec: RunSpec, problem: Problem, training: Training, on_the_way: Callable[[int], None] | None
 ) -> Trace:
-    groups = parameter_groups(model, spec.method, spec.rate, training.head_rate)
+    groups = parameter_groups(model, spec.method, spec.rate, training.head_rate, training.norm_rate)
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_factor(step, training))
