@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from .comparison_tables import Scale, by_size, difference_to, mean_points
-from .plots import _colors, _figure, _save
+from .plots import COLORS, _colors, _figure, _save
 from .statistics import Summary, pareto_front, spread
 
 MARKERS = "osD^vP*X<>"
+LINES = ("-", "--", ":", "-.")  # the next one where the colors begin again
 
 
 def method_colors(summaries: Mapping[str, Summary]) -> dict[str, Any]:
@@ -76,10 +77,11 @@ def curves(summaries: Mapping[str, Summary], tasks: Sequence[str], quantity: str
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     colors = method_colors(summaries)
     for axes, task in zip(panels, tasks):
-        for label, summary in by_size(summaries):
+        for i, (label, summary) in enumerate(by_size(summaries)):
             steps, values = mean_curve([run.history for run in summary.runs if run.task == task], quantity)
             if steps:
-                axes.plot(steps, values, color=colors[label], linewidth=1.5, label=label)
+                line = LINES[i // len(COLORS) % len(LINES)]
+                axes.plot(steps, values, line, color=colors[label], linewidth=1.5, label=label)
                 drawn = True
         axes.set(title=task, xlabel="step", ylabel=title)
     for axes in panels[len(tasks) :]:
