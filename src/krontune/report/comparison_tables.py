@@ -65,7 +65,10 @@ def all_tables(runs: Sequence[ComparedRun], summaries: Mapping[str, Summary], re
     tables = [main_table(summaries, tasks, reference, scale)]
     if len(tasks) > 1:
         tables.append(task_table(summaries, tasks, scale))
-    return [*tables, cost_table(summaries), rate_table(runs, scale)]
+    tables.append(cost_table(summaries))
+    if any(run.phase == "tune" for run in runs):
+        tables.append(rate_table(runs, scale))
+    return tables
 
 
 def main_table(summaries: Mapping[str, Summary], tasks: Sequence[str], reference: str, scale: Scale) -> Cells:
