@@ -126,7 +126,8 @@ def environment() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # the metadata of torch's CUDA wheel does not say which build it is
+        "packages": {**{name: _version(name) for name in PACKAGES}, "torch": str(torch.__version__)},
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
