@@ -33,7 +33,7 @@ from krontune.report.files import write_json, write_text
 from .config import RunConfig
 from .yaml_files import read_yaml
 
-PACKAGES = ("krontune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
+PACKAGES = ("krontune", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 # What has to stay as it was for a checkpoint to mean the same thing.
 FIXED_ON_RESUME = ("model", "data", "method", "seed")
 
@@ -127,7 +127,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         # the metadata of torch's CUDA wheel does not say which build it is
-        "packages": {**{name: _version(name) for name in PACKAGES}, "torch": str(torch.__version__)},
+        "packages": {"torch": str(torch.__version__), **{name: _version(name) for name in PACKAGES}},
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

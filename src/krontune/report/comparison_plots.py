@@ -19,9 +19,13 @@ MARKERS = "osD^vP*X<>"
 LINES = ("-", "--", ":", "-.")  # the next one where the colors begin again
 
 
-def method_colors(summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    """One color a method, the same in every plot."""
-    return dict(zip((label for label, _ in by_size(summaries)), _colors(len(summaries)), strict=True))
+def method_styles(summaries: Mapping[str, Summary]) -> dict[str, dict[str, Any]]:
+    """One color and kind of line a method, the same in every plot."""
+    labels = [label for label, _ in by_size(summaries)]
+    return {
+        label: {"color": color, "linestyle": LINES[i // len(COLORS) % len(LINES)]}
+        for i, (label, color) in enumerate(zip(labels, _colors(len(labels)), strict=True))
+    }
 
 
 def pareto(summaries: Mapping[str, Summary], tasks: Sequence[str], scale: Scale, path: Path) -> None:
@@ -33,11 +37,12 @@ def pareto(summaries: Mapping[str, Summary], tasks: Sequence[str], scale: Scale,
     front = [points[label] for label in pareto_front(every, scale.sign) if label in points]
     if front:
         axes.step(*np.array(front).T, where="post", color="#999999", linewidth=1, zorder=0)
-    colors = method_colors(summaries)
+    styles = method_styles(summaries)
     for i, label in enumerate(points):
         means = summaries[label].seed_means(tasks)
         error = spread(means) if len(means) > 1 else 0.0
-        axes.errorbar(*points[label], error, fmt=MARKERS[i % len(MARKERS)], color=colors[label], label=label, capsize=2)
+        marker, color = MARKERS[i % len(MARKERS)], styles[label]["color"]
+        axes.errorbar(*points[label], error, fmt=marker, color=color, label=label, capsize=2)
     axes.set(
         xscale="log",
         xlabel="trainable parameters (without the head)",
@@ -75,13 +80,12 @@ def curves(summaries: Mapping[str, Summary], tasks: Sequence[str], quantity: str
     rows = -(-len(tasks) // columns)
     figure = _figure(4.6 * columns + 1.5, 3.4 * rows)
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    colors = method_colors(summaries)
+    styles = method_styles(summaries)
     for axes, task in zip(panels, tasks):
-        for i, (label, summary) in enumerate(by_size(summaries)):
+        for label, summary in by_size(summaries):
             steps, values = mean_curve([run.history for run in summary.runs if run.task == task], quantity)
             if steps:
-                line = LINES[i // len(COLORS) % len(LINES)]
-                axes.plot(steps, values, line, color=colors[label], linewidth=1.5, label=label)
+                axes.plot(steps, values, **styles[label], linewidth=1.5, label=label)
                 drawn = True
         axes.set(title=task, xlabel="step", ylabel=title)
     for axes in panels[len(tasks) :]:

@@ -133,13 +133,13 @@ def parameter_groups(
     model: nn.Module, method: Method, rate: float, head_rate: float, norm_rate: float | None = None
 ) -> list[dict[str, Any]]:
     """Optimizer groups: the head and norms beside an adapter at their own rates, the rest at multiples of `rate`."""
-    norms = {id(p) for p in norm_parameters(model)} if norm_rate and method.norms_beside else set()
+    norm_rates = {id(p): norm_rate for p in norm_parameters(model)} if norm_rate and method.norms_beside else {}
 
     def own_rate(name: str, parameter: nn.Parameter) -> float:
         if is_head(name):
             return head_rate
-        if norm_rate and id(parameter) in norms:
-            return norm_rate
+        if id(parameter) in norm_rates:
+            return norm_rates[id(parameter)]
         return rate * next((factor for pattern, factor in method.multipliers.items() if re.search(pattern, name)), 1.0)
 
     groups: dict[float, list[nn.Parameter]] = {}
