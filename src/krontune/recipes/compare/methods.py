@@ -14,6 +14,7 @@ from torch import nn
 
 from krontune import preprocess_gradient
 from krontune.errors import ConfigError
+from krontune.kron.spectrum import RULES
 from krontune.recipes.config import MethodSettings
 from krontune.recipes.methods import peft_config
 from krontune.recipes.problems import is_head
@@ -69,6 +70,11 @@ class Method:
     def shares_budget(self) -> bool:
         """Whether it shares a budget of its own out over the layers, by their weights."""
         return self.settings.get("rank_selection") == "budget"
+
+    @property
+    def sized_by_weights(self) -> bool:
+        """Whether its ranks, and so its size, come from the weights alone."""
+        return self.settings.get("rank_selection") in RULES
 
 
 def adapt(method: Method, model: nn.Module, task_type: str, train_step: Callable[[], Any] | None = None) -> nn.Module:
@@ -163,6 +169,11 @@ def solve(method: Method, budget: int, make_model: Callable[[], nn.Module], task
     """
     if method.name in NO_TARGETS:
         raise ConfigError(f"{method.label}: {method.name} has one size; leave its budget out.")
+    if method.sized_by_weights:
+        raise ConfigError(
+            f"{method.label}: rank_selection={method.settings['rank_selection']!r} takes its ranks from the weights; "
+            "leave its budget out, or use rank_selection='budget'."
+        )
 
     if method.shares_budget:
         return with_knob(method, budget)
