@@ -108,11 +108,23 @@ def test_a_budget_is_never_exceeded_and_leaves_nothing_affordable(layers, extra,
     assert all(p > budget - spent for k, s, p in zip(ranks, sigmas, sizes) if k < len(s))
 
 
-def test_a_budget_buys_the_densest_terms():
+def test_a_budget_raises_the_least_share_first():
+    """Shares after one term and two: 0.517 and 0.9994, 0.994 and 0.9989, 0.41 and 0.74."""
     sigmas = [torch.tensor([3.0, 2.9, 0.1]), torch.tensor([3.0, 0.2, 0.1]), torch.tensor([1.0, 0.9, 0.8])]
     energies = [float(s.square().sum()) for s in sigmas]
+    assert budget_ranks(sigmas, energies, [10, 10, 10], 40) == [1, 1, 2]
     assert budget_ranks(sigmas, energies, [10, 10, 10], 60) == [2, 1, 3]
-    assert budget_ranks(sigmas, energies, [10, 10, 100], 150) == [2, 3, 1]
+    assert budget_ranks(sigmas, energies, [10, 10, 100], 150) == [2, 3, 1]  # the third cannot have a second one
+    assert budget_ranks([torch.zeros(2), sigmas[0]], [0.0, energies[0]], [10, 10], 30) == [1, 2]
+
+
+@given(st.lists(st.tuples(spectra, st.integers(1, 50)), min_size=1, max_size=6), st.floats(0.05, 0.95))
+def test_the_budget_of_a_threshold_gives_the_threshold_s_ranks(layers, theta):
+    sigmas, sizes = [s for s, _ in layers], [p for _, p in layers]
+    energies = [float(s.double().square().sum()) for s in sigmas]
+    wanted = [energy_rank(s, e, theta) for s, e in zip(sigmas, energies)]
+    budget = sum(k * p for k, p in zip(wanted, sizes))
+    assert budget_ranks(sigmas, energies, sizes, budget) == wanted
 
 
 def test_a_budget_below_one_term_a_layer():

@@ -141,10 +141,11 @@ def budget_ranks(
     budget: int,
     k_min: int = 1,
 ) -> list[int]:
-    """The number of terms of every layer under one budget of parameters.
+    """The number of terms of every layer under one budget of parameters: those of the largest threshold it pays for.
 
-    Each layer gets k_min terms; then terms are bought in the order of sigma_lk^2 / (E_l * p_l), the share of its
-    layer's energy that a parameter of it holds, while they fit. The total never exceeds the budget.
+    Each layer gets k_min terms; then the layer with the least share of its energy, sum_{i<=k} sigma_i^2 / E, gets the
+    next one, while one fits. So all reach about the same share, as by `energy_rank` with a theta that is found rather
+    than given. The total never exceeds the budget.
 
     Args:
         sigmas: per layer, (k_l,) descending: the top of its spectrum; k_l caps the layer's rank.
@@ -164,14 +165,21 @@ def budget_ranks(
             f"{budget - left}. Raise the budget, or target fewer modules."
         )
     offers = [
-        (value / (energy * p) if energy > 0 else 0.0, layer, p)
-        for layer, (sigma, energy, p) in enumerate(zip(sigmas, energies, params_per_term))
-        for value in sigma.double().square().tolist()[ranks[layer] :]
+        (share, layer)
+        for layer, (sigma, energy) in enumerate(zip(sigmas, energies))
+        for share in _shares_before(sigma, energy)[ranks[layer] :]
     ]
-    # The sort is stable and a spectrum descends, so that a layer's terms are bought in order; and once one of them
-    # does not fit, no later one of that layer does either.
-    for _, layer, p in sorted(offers, key=lambda offer: -offer[0]):
-        if p <= left:
+    # A layer's shares rise and the sort is stable, so that its terms are bought in order; and once one of them does not
+    # fit, no later one of that layer does either.
+    for _, layer in sorted(offers, key=lambda offer: offer[0]):
+        if params_per_term[layer] <= left:
             ranks[layer] += 1
-            left -= p
+            left -= params_per_term[layer]
     return ranks
+
+
+def _shares_before(sigma: Tensor, energy: float) -> list[float]:
+    """The share of the energy that a layer has before each of its terms; all of it where there is no energy."""
+    held = sigma.double().square().cumsum(0).roll(1)
+    held[:1] = 0
+    return (held / energy).tolist() if energy > 0 else [1.0] * len(sigma)

@@ -356,7 +356,7 @@ def soka_ranks(
 ) -> list[int]:
     """SoKA's number of terms for each weight under a budget, from the weights' own spectra.
 
-    A term is bought where it holds the most of its weight's energy for its parameters; see krontune.kron.budget_ranks.
+    All weights get about the same share of their energy; see krontune.kron.budget_ranks.
 
     Args:
         weights, model, targets: as `spectrum` takes them.

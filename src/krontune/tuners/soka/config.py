@@ -84,8 +84,8 @@ class SokaConfig(KronConfig):
             if None. rank_pattern sets the same per module.
         rank_selection: how K is chosen for each module. "fixed": r. "energy": the least K whose terms hold
             energy_threshold of ||W||_F^2. "elbow": the elbow of the spectrum, where it has one. "spectrum": the smaller
-            of the two. "budget": the terms that hold the most energy a parameter, over all modules,
-            with at most `budget` parameters in total. Where a rule finds nothing, K is r, and `resolved` says so.
+            of the two. "budget": "energy" with the largest threshold, one for all modules, that `budget`
+            parameters in total pay for. Where a rule finds nothing, K is r, and `resolved` says so.
         energy_threshold: theta, in (0, 1]; for "energy" and "spectrum".
         budget: trainable parameters in total; for "budget".
         min_r: the smallest K that a rule may choose.
