@@ -132,23 +132,37 @@ def _folds(weight: Tensor | None, x: Tensor) -> bool:
     return weight is not None and x.itemsize >= 4
 
 
-def _terms(factors: tuple[Tensor, ...], scale: float, path: str, dtype: torch.dtype) -> tuple[Terms, Terms]:
-    """(value, trained): the terms to multiply, and those that gradients are taken at, as `terms_grads` wants them."""
+def _terms(factors: tuple[Tensor, ...], scale: float, path: str, dtype: torch.dtype) -> Terms:
+    """The terms to multiply: A (x) B, or for (dA, dB, A0, B0) those whose sum is A (x) B - A0 (x) B0."""
     if len(factors) == 2:
-        terms = Terms((factors[0] if scale == 1 else scale * factors[0]).to(dtype), factors[1].to(dtype))
-        return terms, terms
+        A, B = factors
+    else:
+        dA, dB, A0, B0 = factors
+        if path.startswith("a"):  # A0 (x) dB + dA (x) B
+            A, B = torch.cat([A0, dA]), torch.cat([dB, B0 + dB])
+        else:  # dA (x) B0 + A (x) dB
+            A, B = torch.cat([dA, A0 + dA]), torch.cat([B0, dB])
+    return Terms(_scaled(A, scale).to(dtype), B.to(dtype))
+
+
+def _trained(factors: tuple[Tensor, ...], scale: float, path: str, value: Terms) -> Terms:
+    """The terms A (x) B that gradients are taken at, as `terms_grads` wants them; one side is in `value` already."""
+    if len(factors) == 2:
+        return value
     dA, dB, A0, B0 = factors
-    A, B = A0 + dA, B0 + dB
-    if path.startswith("a"):  # A0 (x) dB + dA (x) B
-        value = Terms(torch.cat([A0, dA]), torch.cat([dB, B]))
-    else:  # dA (x) B0 + A (x) dB
-        value = Terms(torch.cat([dA, A]), torch.cat([B0, dB]))
-    return Terms((scale * value.A).to(dtype), value.B.to(dtype)), Terms((scale * A).to(dtype), B.to(dtype))
+    if path.startswith("a"):
+        return Terms(_scaled(A0 + dA, scale).to(value.A.dtype), value.B[len(dB) :])
+    return Terms(value.A[len(dA) :], (B0 + dB).to(value.B.dtype))
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    """Small tensors, in every forward of every layer: it is the number of operations that costs."""
+    return tensor if scale == 1 else scale * tensor
 
 
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor) -> Tensor:
     """In differentiable torch operations alone: what torch.compile, torch.func and second derivatives see."""
-    value, _ = _terms(factors, scale, path, x.dtype)
+    value = _terms(factors, scale, path, x.dtype)
     W, b = cast_to(weight, x), cast_to(bias, x)
     if path == "merged":
         dense = kron_sum(*value)
@@ -164,7 +178,7 @@ def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, 
 
 def _fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, path: str, *factors: Tensor) -> Tensor:
     """The same in fewer passes over memory: the weight's product is added into the sum's."""
-    value, _ = _terms(factors, scale, path, x.dtype)
+    value = _terms(factors, scale, path, x.dtype)
     W, b = cast_to(weight, x), cast_to(bias, x)
     rows, fold = flat(x), path == "merged" and _folds(weight, x)
     y = apply_terms(rows, value, path, W if fold else None)
@@ -186,13 +200,14 @@ def _grads(
     need_factors: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of the rows and of the first two factors, as `Product.grads` wants them."""
-    value, trained = _terms(tuple(factors), scale, path, rows.dtype)
+    value = _terms(tuple(factors), scale, path, rows.dtype)
+    trained = _trained(tuple(factors), scale, path, value)
     fold = path == "merged" and _folds(W, rows)
     wanted = (need_x, need_factors[0], need_factors[1])
     gx, gA, gB = terms_grads(rows, g, value, trained, path, wanted, W if fold else None)
     if gx is not None and W is not None and not fold:
         gx = gx.addmm_(g, W)
-    return gx, [gA if gA is None else scale * gA, gB, *(None for _ in factors[2:])]
+    return gx, [gA if gA is None else _scaled(gA, scale), gB, *(None for _ in factors[2:])]
 
 
 _PRODUCT = Product(_plain, _fast, _grads)
