@@ -77,6 +77,18 @@ def test_the_sentences_on_layers_are_the_files(results: Results) -> None:
         assert f"LoRA {one('LoRA')} and SoKA {one('SoKA')}" in said
 
 
+def test_the_table_on_the_gpu_is_its_file() -> None:
+    gpu = Results.load(FOLDER / "h200.json")
+    rivals = {"LSR r=4 s=16": "LoRA r=4", **dict.fromkeys(("SoKA p=4 K=8", "SoKA square K=16", "LoKr"), "LoRA r=8")}
+    for label, lora in rivals.items():
+        cells = []
+        for mode in ("train", "eval"):
+            found = [gpu.ratio(case, label, lora).median for case in gpu.matching(f"layer/*/{mode}")]
+            cells.append(f"{min(found):.1f} to {max(found):.1f}")
+        assert f"| {label}, over {lora} | {' | '.join(cells)} |" in PAGE
+    assert f"the {len(gpu.cases)} cases" in PROSE
+
+
 def test_the_sentences_on_what_was_missed_are_the_files(results: Results) -> None:
     missed = {target.text: figure for target, figure in figures(results) if figure and not target.reached(figure)}
     assert [text.split(",")[0] for text in missed] == ["SoKA p=4 K=16", "PEFT LoKr", "training step"]
