@@ -29,6 +29,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 INTEGRATION_FOLDERS = [ROOT / "tests" / name for name in ("tuners", "recipes")]
+# Recipes that make no adapter, or one that other tests make too: another PEFT changes nothing for them.
+WITHOUT_ADAPTERS = {f"test_{name}.py" for name in ("data", "generate", "grids", "harness", "judging", "metrics")}
+WITHOUT_ADAPTERS |= {f"test_{name}.py" for name in ("models", "orders", "sandbox", "tasks")}
 
 settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
@@ -42,9 +45,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in INTEGRATION_FOLDERS is an integration test, marked or not."""
+    """Everything in INTEGRATION_FOLDERS is an integration test, marked or not, but for WITHOUT_ADAPTERS."""
     for item in items:
-        if any(folder in item.path.parents for folder in INTEGRATION_FOLDERS):
+        if item.path.parent in INTEGRATION_FOLDERS and item.path.name not in WITHOUT_ADAPTERS:
             item.add_marker(pytest.mark.integration)
 
 
