@@ -149,7 +149,7 @@ def introduction(report: dict[str, Any]) -> str:
         "energy": f"the least rank that holds {settings['theta']:.0%} of the energy",
         "elbow": "the elbow of the spectrum",
         "spectrum": f"the smaller of the rank that holds {settings['theta']:.0%} of the energy and the elbow",
-        "budget": f"the largest share of the energy for all weights that {settings['budget'] or 0:,} parameters pay for",
+        "budget": f"the largest share of all energies that {settings['budget'] or 0:,} parameters pay for",
     }[settings["rule"]]
     return (
         f"{len(main)} weights, factor shape {report['shapes'][0]}, the first {settings['terms']} terms of each. "
