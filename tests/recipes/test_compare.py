@@ -358,6 +358,17 @@ def test_a_rate_of_norms_makes_new_runs_of_the_methods_that_train_them(folder: P
     assert key(plain, norms=True) != key(slower, norms=True)
 
 
+def test_scores_on_the_way_make_new_final_runs_and_no_new_trials(folder: Path) -> None:
+    plain = make_grid(folder)
+    curves = make_grid(folder, training={**plain.training.model_dump(), "eval_every": 5})
+
+    def key(grid: Grid, phase: str) -> str:
+        return run_spec(grid, Method("x", "lsr", {"r": 4}), phase, "sst2", 1e-2, 0).key
+
+    assert key(plain, "tune") == key(curves, "tune")
+    assert key(plain, "final") != key(curves, "final")
+
+
 # -------------------------------------------------------------------------------------------------------- the records
 
 

@@ -194,6 +194,8 @@ class RunSpec:
             decisive["method"].pop(name)
         if self.training["norm_rate"] is None or not self.method.norms_beside:
             decisive["training"].pop("norm_rate")  # it changes nothing
+        if self.phase == "tune":
+            decisive["training"]["eval_every"] = None  # a trial has no scores on the way
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
