@@ -194,8 +194,6 @@ class RunSpec:
             decisive["method"].pop(name)
         if self.training["norm_rate"] is None or not self.method.norms_beside:
             decisive["training"].pop("norm_rate")  # it changes nothing
-        if self.phase == "tune":
-            decisive["training"]["eval_every"] = None  # a trial has no scores on the way
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -269,6 +267,8 @@ def _skeleton(grid: Grid) -> tuple[Callable[[], nn.Module], str]:
 def run_spec(grid: Grid, method: Method, phase: str, task: str, rate: float, seed: int) -> RunSpec:
     """A run of the grid."""
     training = grid.training_for(task).model_dump()
+    if phase == "tune":
+        training["eval_every"] = None  # a trial has no scores on the way
     data = _digest_of_rows(task, grid.data_dir)
     return RunSpec(phase, task, method, rate, seed, training, grid.tuning_rows(task), grid.model.model_dump(), data)
 

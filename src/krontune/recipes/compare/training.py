@@ -87,8 +87,7 @@ def _train_and_score(spec: RunSpec, problem: Problem) -> dict[str, Any]:
         value = problem.evaluate(model, items, 4 * training.batch_size)[problem.metric]
         curve.append({"step": step, "held_out": round(value, 5)})
 
-    wanted = training.eval_every if spec.phase == "final" else None
-    trace = _fit(model, spec, problem, training, on_the_way if wanted else None)
+    trace = _fit(model, spec, problem, training, on_the_way)
     result: dict[str, Any] = {
         "n_trainable": count_trainable(model),
         "adapter_bytes": adapter_bytes(model),
@@ -127,7 +126,7 @@ class Trace:
 
 
 def _fit(
-    model: nn.Module, spec: RunSpec, problem: Problem, training: Training, on_the_way: Callable[[int], None] | None
+    model: nn.Module, spec: RunSpec, problem: Problem, training: Training, on_the_way: Callable[[int], None]
 ) -> Trace:
     groups = parameter_groups(model, spec.method, spec.rate, training.head_rate, training.norm_rate)
     parameters = [p for group in groups for p in group["params"]]
@@ -150,7 +149,7 @@ def _fit(
         trace.add(step, *values, last=step == training.steps)
         if trace.diverged:
             break
-        if on_the_way and training.eval_every and step % training.eval_every == 0 and step < training.steps:
+        if training.eval_every and step % training.eval_every == 0 and step < training.steps:
             on_the_way(step)
             model.train()
     return trace
